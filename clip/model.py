@@ -1,0 +1,318 @@
+"""CLIP, the two-tower model that the whole method stands on: an image encoder and a text encoder
+that meet in one joint space, plus the two calls that segmentation needs and classification did not.
+
+    encode_image   (B, 3, H, W)    → (B, D)         one vector per image      [Radford et al. 2021]
+    encode_text    (N, 77)         → (N, D)         one vector per sentence   [Radford et al. 2021]
+    encode_dense   (B, 3, H, W)    → (B, D, h, w)   one unit vector per patch [MaskCLIP, ECCV 2022]
+    encode_prompt  (L, Et), names  → (C, D)         learned words + class names [ReCLIP++, Eq. 1]
+
+The parameter names are those of OpenAI's release, so that its weights load strictly: no key is missing and
+no key is left over. Only the ViT family is here; the paper uses ViT-B/16.
+
+    B images · N sentences · C classes · D joint dimension (512) · E ViT width (768) · Et text width (512)
+    H,W pixels · h,w patches · n = h·w · T tokens · L learned prompt vectors (73)
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .tokenizer import END, START, encode
+
+DENSE_PATHS = ("value", "residual", "vanilla")
+
+
+class QuickGELU(nn.Module):
+    """OpenAI's approximation of GELU. Its weights were trained with it: the exact GELU costs accuracy."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, heads of 64 channels.
+
+    The same parameters as `nn.MultiheadAttention` (query, key and value stacked in one matrix), but written
+    out, because the method needs them apart: MaskCLIP takes the values alone, and `encode_prompt` keeps the
+    keys and values of a prefix that all classes share. Attention weights are never materialised (fused kernel).
+    """
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+
+    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each (B, heads, T, 64), of tokens x (B, T, E)."""
+        B, T, E = x.shape
+        x = F.linear(x, self.in_proj_weight, self.in_proj_bias)             # (B, T, 3E)
+        x = x.view(B, T, 3, self.heads, E // self.heads)                    # (B, T, 3, heads, 64)
+        return x.permute(2, 0, 3, 1, 4).unbind(dim=0)                       # 3 × (B, heads, T, 64)
+
+    def merge(self, x: Tensor) -> Tensor:
+        """Heads back into channels and through the output projection: (B, heads, T, 64) → (B, T, E)."""
+        return self.out_proj(x.transpose(1, 2).flatten(start_dim=2))
+
+    def forward(self, x: Tensor, causal: bool) -> Tensor:
+        q, k, v = self.qkv(x)
+        return self.merge(F.scaled_dot_product_attention(q, k, v, is_causal=causal))
+
+    def values(self, x: Tensor) -> Tensor:
+        """Every token attends to itself alone: the output projection of its own value. (B, T, E) → (B, T, E).
+
+        This is MaskCLIP's 1×1 convolutions (Sec. 3.2 there). Queries and keys are not computed.
+        """
+        E = x.shape[-1]
+        return self.out_proj(F.linear(x, self.in_proj_weight[2 * E:], self.in_proj_bias[2 * E:]))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.attn = Attention(width, heads)
+        self.ln_1 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(OrderedDict(
+            c_fc=nn.Linear(width, 4 * width), gelu=QuickGELU(), c_proj=nn.Linear(4 * width, width)))
+        self.ln_2 = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor, causal: bool = False) -> Tensor:
+        x = x + self.attn(self.ln_1(x), causal)
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    """A stack of blocks; `causal` lets a token see only what stands before it (the text tower)."""
+
+    def __init__(self, width: int, layers: int, heads: int, causal: bool = False):
+        super().__init__()
+        self.causal = causal
+        self.resblocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.resblocks:
+            x = block(x, self.causal)
+        return x
+
+
+class VisionTransformer(nn.Module):
+    """The image tower. `forward` gives the class token's vector; `dense` gives one vector per patch."""
+
+    def __init__(self, input_resolution: int, patch_size: int, width: int, layers: int, heads: int, output_dim: int):
+        super().__init__()
+        self.input_resolution, self.patch_size = input_resolution, patch_size
+        grid = input_resolution // patch_size
+        self.conv1 = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size, bias=False)
+        self.class_embedding = nn.Parameter(width ** -0.5 * torch.randn(width))
+        self.positional_embedding = nn.Parameter(width ** -0.5 * torch.randn(1 + grid * grid, width))
+        self.ln_pre = nn.LayerNorm(width)
+        self.transformer = Transformer(width, layers, heads)
+        self.ln_post = nn.LayerNorm(width)
+        self.proj = nn.Parameter(width ** -0.5 * torch.randn(width, output_dim))
+
+    def patch_positions(self, h: int, w: int) -> Tensor:
+        """CLIP's positional embedding without the class token, resampled to a grid: (E, h, w).
+
+        Bicubic, align_corners=False. This is the PE of Eq. 2, the only thing the spatial bias may depend on.
+        """
+        grid = math.isqrt(self.positional_embedding.shape[0] - 1)
+        positions = self.positional_embedding[1:].T.unflatten(dim=1, sizes=(grid, grid))    # (E, grid, grid)
+        if (h, w) == (grid, grid):
+            return positions                    # resampling a grid to itself would still cost a rounding
+        return F.interpolate(positions[None], size=(h, w), mode="bicubic", align_corners=False)[0]
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Patches plus class token, with their positions added: (B, 3, H, W) → (B, 1 + n, E).
+
+        An image whose sides are no multiple of the patch is padded with zeros, that is with the mean colour
+        of the normalised image, on the right and at the bottom: h = ⌈H / patch⌉, w = ⌈W / patch⌉.
+        """
+        _, _, H, W = images.shape
+        images = F.pad(images, (0, -W % self.patch_size, 0, -H % self.patch_size))
+        patches = self.conv1(images)                                                        # (B, E, h, w)
+        patches = patches + self.patch_positions(*patches.shape[-2:])
+        patches = patches.flatten(start_dim=2).transpose(1, 2)                              # (B, n, E)
+        class_token = self.class_embedding + self.positional_embedding[0]
+        class_token = class_token.to(patches.dtype).expand(len(images), 1, -1)              # (B, 1, E)
+        return self.ln_pre(torch.cat([class_token, patches], dim=1))
+
+    def pool(self, x: Tensor) -> Tensor:
+        """The class token in the joint space: (B, T, E) → (B, D)."""
+        return self.ln_post(x[:, 0]) @ self.proj
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.pool(self.transformer(self.embed(images)))
+
+    def dense(self, images: Tensor, path: str) -> Tensor:
+        """Patch features before normalisation, (B, n, D), by one of three ways through the last block."""
+        *blocks, last = self.transformer.resblocks
+        x = self.embed(images)
+        for block in blocks:
+            x = block(x)
+        if path == "vanilla":
+            x = last(x)[:, 1:]                              # what CLIP itself computes for its patch tokens
+        else:
+            x = x[:, 1:]                                    # the class token gives nothing to a patch's own value
+            value = last.attn.values(last.ln_1(x))
+            if path == "value":                             # the text of both papers: the value path alone
+                x = value
+            else:                                           # the released code: residual and MLP stay around it
+                x = x + value
+                x = x + last.mlp(last.ln_2(x))
+        return self.ln_post(x) @ self.proj
+
+
+class CLIP(nn.Module):
+    """Both towers. Build it from a state dict with `clip.load`; the sizes are read off the weights."""
+
+    def __init__(self, *, embed_dim: int, image_resolution: int, vision_layers: int, vision_width: int,
+                 vision_patch_size: int, context_length: int, vocab_size: int, transformer_width: int,
+                 transformer_heads: int, transformer_layers: int):
+        super().__init__()
+        self.context_length = context_length
+        self.visual = VisionTransformer(image_resolution, vision_patch_size, vision_width, vision_layers,
+                                        heads=vision_width // 64, output_dim=embed_dim)
+        self.transformer = Transformer(transformer_width, transformer_layers, transformer_heads, causal=True)
+        self.token_embedding = nn.Embedding(vocab_size, transformer_width)
+        self.positional_embedding = nn.Parameter(torch.empty(context_length, transformer_width))
+        self.ln_final = nn.LayerNorm(transformer_width)
+        self.text_projection = nn.Parameter(torch.empty(transformer_width, embed_dim))
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.initialize()
+
+    def initialize(self) -> None:
+        """The initialisation of CLIP's paper (Sec. 2.4, after GPT-2): narrower for deeper towers."""
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        nn.init.normal_(self.text_projection, std=self.transformer.resblocks[0].ln_1.weight.numel() ** -0.5)
+        for tower in (self.transformer, self.visual.transformer):
+            width, depth = tower.resblocks[0].ln_1.weight.numel(), len(tower.resblocks)
+            for block in tower.resblocks:
+                nn.init.normal_(block.attn.in_proj_weight, std=width ** -0.5)
+                nn.init.normal_(block.attn.out_proj.weight, std=(2 * depth * width) ** -0.5)
+                nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+                nn.init.normal_(block.mlp.c_proj.weight, std=(2 * depth * width) ** -0.5)
+                nn.init.zeros_(block.attn.out_proj.bias)
+
+    @property
+    def device(self) -> torch.device:
+        return self.positional_embedding.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.positional_embedding.dtype
+
+    # ------------------------------------------------------------------ what OpenAI's CLIP does
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """One vector per image, not normalised: (B, 3, H, W) → (B, D).
+
+        At the training resolution (`model.visual.input_resolution`) this is OpenAI's call. Other sizes work
+        too: the positional embedding is resampled as in `encode_dense`.
+        """
+        return self.visual(images.to(self.dtype))
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """One vector per sentence, not normalised: (N, 77) token ids → (N, D), read at the end token.
+
+        The tower is causal, so what stands behind the end token changes nothing: the batch is trimmed to its
+        longest sentence. Exact, and several times cheaper for class names.
+        """
+        end = tokens.argmax(dim=-1)                             # the end token has the largest id of all
+        T = int(end.max()) + 1
+        x = self.token_embedding(tokens[:, :T]) + self.positional_embedding[:T]             # (N, T, Et)
+        x = self.transformer(x)
+        x = x[torch.arange(len(x), device=x.device), end]                                   # (N, Et)
+        return self.ln_final(x) @ self.text_projection
+
+    def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Scaled cosines, `(logits_per_image (B, N), logits_per_text (N, B))`."""
+        image_features = F.normalize(self.encode_image(images), dim=-1)
+        text_features = F.normalize(self.encode_text(tokens), dim=-1)
+        logits_per_image = self.logit_scale.exp() * image_features @ text_features.T
+        return logits_per_image, logits_per_image.T
+
+    # ------------------------------------------------------------------ what segmentation adds
+
+    def encode_dense(self, images: Tensor, path: str = "residual") -> Tensor:
+        """One unit vector per patch: (B, 3, H, W) at any size → (B, D, h, w), with h = ⌈H / patch⌉.
+
+        `path` names the way through the last block (ReCLIP++ Sec. III-A, MaskCLIP Sec. 3.2):
+
+        value      every patch keeps its own value; no residual, no MLP. What both papers write.
+        residual   the same value inside the block's residual and MLP. What the released code of MaskCLIP and
+                   ReCLIP computes and what their published numbers were measured with: the default.
+        vanilla    the block as CLIP runs it. Attention mixes the patches: the baseline that MaskCLIP mends.
+
+        Raises ValueError for another path.
+        """
+        if path not in DENSE_PATHS:
+            raise ValueError(f"encode_dense: path should be one of {', '.join(DENSE_PATHS)}; found {path!r}.")
+        patch = self.visual.patch_size
+        h, w = -(-images.shape[-2] // patch), -(-images.shape[-1] // patch)
+        features = F.normalize(self.visual.dense(images.to(self.dtype), path).float(), dim=-1)   # (B, n, D)
+        return features.transpose(1, 2).unflatten(dim=2, sizes=(h, w))
+
+    def prompt_room(self, class_names: list[str]) -> int:
+        """How many learned vectors fit before the longest class name: 77 − start − name − end; ≤ 0 if none."""
+        return self.context_length - 2 - max(len(encode(name)) for name in class_names)
+
+    def encode_prompt(self, prompt: Tensor, class_names: list[str]) -> Tensor:
+        """The text features of `[start][v_1]…[v_L][class name][end]` for every class, not normalised.
+
+        Eq. 1, Sec. III-B. prompt (L, Et): learned word embeddings, shared by all classes. Returns (C, D).
+        Raises ValueError when a name does not fit behind L vectors: its end token, where the sentence is read,
+        would fall off the 77 positions (the released code then reads at a wrong place).
+
+        All sentences begin with the same 1 + L tokens, and a causal tower computes those without looking at
+        what follows. So they are run once, as a batch of one, and every class adds only its few own tokens,
+        which attend to the keys and values of that shared prefix. Exactly the naive result: the same sums,
+        11 to 22 times fewer operations for names of two to four tokens.
+        """
+        names = [encode(name) + [END] for name in class_names]
+        L, S = len(prompt), max(map(len, names))
+        if 1 + L + S > self.context_length:
+            worst = max(class_names, key=lambda name: len(encode(name)))
+            raise ValueError(
+                f"encode_prompt: {L} learned vectors and the class name {worst!r} ({S - 1} tokens) need {1 + L + S} "
+                f"positions; CLIP has {self.context_length}. Use at most {self.prompt_room(class_names)} vectors or "
+                "a shorter name.")
+        # Padding with the end token is harmless: it stands behind the place where a sentence is read.
+        tokens = torch.tensor([name + [END] * (S - len(name)) for name in names], device=self.device)   # (C, S)
+        last = torch.tensor([len(name) - 1 for name in names], device=self.device)                      # (C,)
+        start = self.token_embedding(torch.tensor([START], device=self.device))                         # (1, Et)
+        prefix = torch.cat([start, prompt])[None] + self.positional_embedding[:1 + L]                # (1, 1+L, Et)
+        suffix = self.token_embedding(tokens) + self.positional_embedding[1 + L:1 + L + S]              # (C, S, Et)
+        for block in self.transformer.resblocks:
+            prefix, suffix = shared_prefix_block(block, prefix, suffix)
+        features = suffix[torch.arange(len(names), device=self.device), last]                           # (C, Et)
+        return self.ln_final(features) @ self.text_projection
+
+
+def shared_prefix_block(block: Block, prefix: Tensor, suffix: Tensor) -> tuple[Tensor, Tensor]:
+    """One causal block over C sentences that share a prefix: (1, P, E), (C, S, E) → the same shapes.
+
+    A suffix token attends to the whole prefix and to its own sentence up to itself. Scores against the prefix
+    and against the suffix are computed apart, joined for one softmax, and split again: the prefix's keys and
+    values are never copied C times.
+    """
+    attn, P, S = block.attn, prefix.shape[1], suffix.shape[1]
+    q_prefix, k_prefix, v_prefix = attn.qkv(block.ln_1(prefix))                     # (1, heads, P, 64)
+    q, k, v = attn.qkv(block.ln_1(suffix))                                          # (C, heads, S, 64)
+    future = torch.ones(S, S, dtype=torch.bool, device=q.device).triu(diagonal=1)
+    scores = torch.cat([q @ k_prefix.mT, (q @ k.mT).masked_fill(future, -math.inf)], dim=-1)
+    weights = (scores * q.shape[-1] ** -0.5).softmax(dim=-1).to(v.dtype)            # (C, heads, S, P + S)
+    mixed = weights[..., :P] @ v_prefix + weights[..., P:] @ v                      # (C, heads, S, 64)
+    suffix = suffix + attn.merge(mixed)
+    suffix = suffix + block.mlp(block.ln_2(suffix))
+    mixed = F.scaled_dot_product_attention(q_prefix, k_prefix, v_prefix, is_causal=True)
+    prefix = prefix + attn.merge(mixed)
+    return prefix + block.mlp(block.ln_2(prefix)), suffix

@@ -1,0 +1,432 @@
+"""Datasets: where images and labels lie, what the classes are called, and how both become tensors.
+
+Training and evaluation are kept apart on purpose. `TrainingImages` yields images and ids and has no way to a label:
+no label path is ever handed to it. `LabelledImages` is another class, for evaluation alone.
+
+A dataset is known by name (`toyland`, `voc`) or is a folder of your own images with a file of class names.
+
+    B images · C classes · H,W pixels
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.transforms import v2
+
+import toyland
+from runs import seed_of
+
+IGNORE = 255                                            # a pixel that no measure counts
+MEAN = (0.48145466, 0.4578275, 0.40821073)              # CLIP's, for every network here: ImageNet's would shift
+STD = (0.26862954, 0.26130258, 0.27577711)              # the colours that CLIP was trained on
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
+
+# ------------------------------------------------------------------------------------------ classes
+
+VOC_CLASSES = [
+    "airplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dining table", "dog", "horse",
+    "motorbike", "person", "potted plant", "sheep", "sofa", "train", "tv monitor"]
+VOC_PALETTE = [
+    (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128), (128, 0, 128), (0, 128, 128), (128, 128, 128), (64, 0, 0),
+    (192, 0, 0), (64, 128, 0), (192, 128, 0), (64, 0, 128), (192, 0, 128), (64, 128, 128), (192, 128, 128), (0, 64, 0),
+    (128, 64, 0), (0, 192, 0), (128, 192, 0), (0, 64, 128)]
+
+# The 85 sentences that MaskCLIP and ReCLIP average for a class's query (OpenAI's 80 for ImageNet and five more).
+QUERY_TEMPLATES = """
+a bad photo of a {}. | a photo of many {}. | a sculpture of a {}. | a photo of the hard to see {}. | a low
+resolution photo of the {}. | a rendering of a {}. | graffiti of a {}. | a bad photo of the {}. | a cropped photo
+of the {}. | a tattoo of a {}. | the embroidered {}. | a photo of a hard to see {}. | a bright photo of a {}. | a
+photo of a clean {}. | a photo of a dirty {}. | a dark photo of the {}. | a drawing of a {}. | a photo of my {}. |
+the plastic {}. | a photo of the cool {}. | a close-up photo of a {}. | a black and white photo of the {}. | a
+painting of the {}. | a painting of a {}. | a pixelated photo of the {}. | a sculpture of the {}. | a bright photo
+of the {}. | a cropped photo of a {}. | a plastic {}. | a photo of the dirty {}. | a jpeg corrupted photo of a {}.
+| a blurry photo of the {}. | a photo of the {}. | a good photo of the {}. | a rendering of the {}. | a {} in a
+video game. | a photo of one {}. | a doodle of a {}. | a close-up photo of the {}. | a photo of a {}. | the
+origami {}. | the {} in a video game. | a sketch of a {}. | a doodle of the {}. | a origami {}. | a low resolution
+photo of a {}. | the toy {}. | a rendition of the {}. | a photo of the clean {}. | a photo of a large {}. | a
+rendition of a {}. | a photo of a nice {}. | a photo of a weird {}. | a blurry photo of a {}. | a cartoon {}. |
+art of a {}. | a sketch of the {}. | a embroidered {}. | a pixelated photo of a {}. | itap of the {}. | a jpeg
+corrupted photo of the {}. | a good photo of a {}. | a plushie {}. | a photo of the nice {}. | a photo of the
+small {}. | a photo of the weird {}. | the cartoon {}. | art of the {}. | a drawing of the {}. | a photo of the
+large {}. | a black and white photo of a {}. | the plushie {}. | a dark photo of a {}. | itap of a {}. | graffiti
+of the {}. | a toy {}. | itap of my {}. | a photo of a cool {}. | a photo of a small {}. | a tattoo of the {}. |
+there is a {} in the scene. | there is the {} in the scene. | this is a {} in the scene. | this is the {} in the
+scene. | this is one {} in the scene.
+""".replace("\n", " ").strip().split(" | ")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What can be named: for each class its names (the first is shown, all are averaged) and its colour."""
+    synonyms: tuple[tuple[str, ...], ...]
+    palette: tuple[tuple[int, int, int], ...]
+    templates: tuple[str, ...]
+
+    @property
+    def names(self) -> list[str]:
+        return [names[0] for names in self.synonyms]
+
+    def __len__(self) -> int:
+        return len(self.synonyms)
+
+
+def vocabulary(data: str, classes_file: str | None = None) -> Vocabulary:
+    """The classes of a dataset, or those of `classes_file` in its place. Raises ValueError, FileNotFoundError."""
+    if classes_file is not None:
+        return vocabulary_of(data, read_classes(Path(classes_file)))
+    if data in KNOWN:
+        return vocabulary_of(data, tuple((name,) for name in KNOWN[data][0]))
+    raise ValueError(f"--data {data}: expected toyland, voc, or a folder of your own images together with --classes FILE, a "
+                     "text file with one class name a line (synonyms after commas); found no --classes.")
+
+
+def vocabulary_of(data: str, synonyms: tuple[tuple[str, ...], ...]) -> Vocabulary:
+    """Names with colours and query templates. A dataset's own classes keep its official colours."""
+    names, palette = KNOWN.get(data, ((), ()))
+    if [first for first, *_ in synonyms] != list(names):
+        palette = distinct_colours(len(synonyms))
+    return Vocabulary(synonyms, tuple(palette), tuple(toyland.TEMPLATES if data == "toyland" else QUERY_TEMPLATES))
+
+
+KNOWN = {"toyland": (toyland.CLASSES, toyland.PALETTE), "voc": (VOC_CLASSES, VOC_PALETTE)}
+
+
+def read_classes(path: Path) -> tuple[tuple[str, ...], ...]:
+    """A text file with one class a line, synonyms after commas. Empty lines and lines from # on are passed over."""
+    if not path.is_file():
+        raise FileNotFoundError(f"--classes {path}: expected a text file with one class name a line, found no such file.")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--classes {path}: expected a UTF-8 text file, found other bytes ({error.reason}). "
+                         "Save it as UTF-8.") from error
+    return parse_classes([line for line in lines if line.strip() and not line.lstrip().startswith("#")],
+                         source=f"--classes {path}")
+
+
+def parse_classes(lines: list[str], source: str) -> tuple[tuple[str, ...], ...]:
+    """Lines of comma-separated synonyms → names per class. Raises ValueError unless there are 2 to 255 different ones."""
+    synonyms = tuple(tuple(name for name in (part.strip() for part in line.split(",")) if name) for line in lines)
+    if len(synonyms) < 2:
+        raise ValueError(f"{source}: expected at least two classes, found {len(synonyms)}. A class is told from the others: "
+                         "with one there is nothing to decide. Add what else is in the images (wall, grass, sky, …).")
+    if len(synonyms) > IGNORE:
+        raise ValueError(f"{source}: expected at most {IGNORE} classes (a label picture has 256 values), found {len(synonyms)}.")
+    seen: dict[str, int] = {}
+    for number, names in enumerate(synonyms, start=1):
+        if not names:
+            raise ValueError(f"{source}: class {number} has no name, only commas. Name it or remove the line.")
+        for name in names:
+            if name.lower() in seen:
+                raise ValueError(f"{source}: the name {name!r} stands at class {seen[name.lower()]} and at class {number}. "
+                                 "Every name may stand once.")
+            seen[name.lower()] = number
+    check_lengths(synonyms, source)
+    return synonyms
+
+
+def check_lengths(synonyms: tuple[tuple[str, ...], ...], source: str) -> None:
+    """Refuse a name that cannot be said inside CLIP's 77 tokens, before anything is computed."""
+    import clip
+    longest = max((template for template in QUERY_TEMPLATES), key=lambda template: len(clip.encode(template)))
+    room = 77 - 2 - (len(clip.encode(longest)) - 1)
+    for names in synonyms:
+        for name in names:
+            if len(clip.encode(name)) > room:
+                raise ValueError(f"{source}: a class name should have at most {room} tokens, so that it fits into CLIP's 77 "
+                                 f"with a sentence around it; found {len(clip.encode(name))} in {name[:80]!r}. Shorten it.")
+            if not clip.encode(name):
+                raise ValueError(f"{source}: the name {name!r} has no readable character.")
+
+
+def distinct_colours(count: int) -> list[tuple[int, int, int]]:
+    """Colours for a user's own classes: hues by the golden angle, in three shades."""
+    import colorsys
+    return [tuple(round(255 * value) for value in colorsys.hsv_to_rgb(i * 0.618 % 1, (0.85, 0.55, 0.95)[i % 3],
+                                                                       (0.95, 0.85, 0.6)[i // 2 % 3]))
+            for i in range(count)]
+
+
+# ------------------------------------------------------------------------------------------ where things lie
+
+def training_images(data: str, root: str) -> dict[str, Path]:
+    """The training images of a dataset: id → path, sorted by id. Reads no label and no label's folder."""
+    if data == "toyland":
+        folder = toyland.draw_dataset(Path(root)) / "images" / "train"
+        return {f"train/{path.stem}": path for path in sorted(folder.glob("*.png"))}
+    if data == "voc":
+        base = find_voc(root)
+        return listed(base, "train.txt", base / "JPEGImages", ".jpg")
+    return images_in(Path(data))
+
+
+def validation_images(data: str, root: str) -> dict[str, Path]:
+    """The images that results are measured or shown on: id → path. A folder of your own: all of its images."""
+    if data == "toyland":
+        folder = toyland.draw_dataset(Path(root)) / "images" / "val"
+        return {f"val/{path.stem}": path for path in sorted(folder.glob("*.png"))}
+    if data == "voc":
+        base = find_voc(root)
+        return listed(base, "val.txt", base / "JPEGImages", ".jpg")
+    return images_in(Path(data))
+
+
+def true_label_files(data: str, root: str, ids: list[str], labels: str | None = None) -> dict[str, Path]:
+    """For evaluation alone: id → label file of those validation images that have one. May be empty.
+
+    `labels` is the folder of index pictures that belongs to a user's own images (same stems, .png).
+    """
+    if data == "toyland":
+        found = {name: Path(root) / "toyland" / "labels" / f"{name}.png" for name in ids}
+    elif data == "voc":
+        found = {name: find_voc(root) / "SegmentationClass" / f"{name}.png" for name in ids}
+    elif labels is not None:
+        if not Path(labels).is_dir():
+            raise FileNotFoundError(f"--labels {labels}: expected a folder of index pictures, found none.")
+        found = {name: Path(labels) / f"{name}.png" for name in ids}
+        if not any(path.exists() for path in found.values()):
+            raise ValueError(f"--labels {labels}: expected PNG files with the images' names ({ids[0]}.png, …), found none "
+                             "of them.")
+    else:
+        found = {}
+    return {name: path for name, path in found.items() if path.exists()}
+
+
+def lookup_table(data: str, classes: int) -> np.ndarray:
+    """For evaluation alone: value in a label file → class, (256,) int16. 255: ignored; −1: may not occur."""
+    table = np.full(256, -1, dtype=np.int16)
+    if data == "voc":                                   # 0 background and 255 border are ignored, 1..20 → 0..19
+        table[1:21] = np.arange(20)
+        table[0] = IGNORE
+    else:
+        table[:classes] = np.arange(classes)
+    table[IGNORE] = IGNORE
+    return table
+
+
+VOC_TREE = "VOCdevkit/VOC2012/{JPEGImages,SegmentationClass,ImageSets/Segmentation/{train,val}.txt}"
+
+
+def find_voc(root: str) -> Path:
+    """The folder VOC2012 under `root`, which may also be VOCdevkit or VOC2012 itself. Raises FileNotFoundError."""
+    tried = [Path(root, "VOCdevkit", "VOC2012"), Path(root, "VOC2012"), Path(root)]
+    for base in tried:
+        if (base / "JPEGImages").is_dir():
+            return base
+    raise FileNotFoundError(
+        f"--data voc: expected {VOC_TREE} under {root}; found no JPEGImages in {', '.join(map(str, tried))}. "
+        f"Add --download to fetch it (1.9 GB), or unpack "
+        "VOCtrainval_11-May-2012.tar of the PASCAL VOC 2012 project page there, or point --root at your copy.")
+
+
+def listed(base: Path, list_name: str, folder: Path, suffix: str) -> dict[str, Path]:
+    """The images named in ImageSets/Segmentation/<list_name>. Raises naming the first that is missing."""
+    path = base / "ImageSets" / "Segmentation" / list_name
+    if not path.is_file():
+        raise FileNotFoundError(f"expected the list {path}, found none. The tree should be {VOC_TREE}.")
+    ids = sorted({line.split()[0] for line in path.read_text().splitlines() if line.strip()})
+    if not ids:
+        raise ValueError(f"{path}: expected image ids, one a line; found an empty list.")
+    found = {name: folder / (name + suffix) for name in ids}
+    missing = [path for path in found.values() if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(f"{path} names {len(ids)} images, but {len(missing)} of them are missing; the first is "
+                                f"{missing[0]}. Unpack the archive again or mend the list.")
+    return found
+
+
+def images_in(folder: Path) -> dict[str, Path]:
+    """All images under a folder, also in its sub-folders: id (relative path without suffix) → path."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--data {folder}: expected toyland, voc, or a folder of images; found no folder of that name.")
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    if not paths:
+        raise ValueError(f"--data {folder}: expected images ({', '.join(sorted(IMAGE_SUFFIXES))}) in this folder, found none.")
+    found: dict[str, Path] = {}
+    for path in paths:
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        if name in found:
+            raise ValueError(f"--data {folder}: {found[name].name} and {path.name} differ only in their suffix; results are "
+                             "kept by name. Rename one.")
+        found[name] = path
+    return found
+
+
+# ------------------------------------------------------------------------------------------ files → tensors
+
+def read_image(path: Path) -> Image.Image:
+    """An image as RGB, turned upright if the camera says so. Raises ValueError naming a file that cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError:
+        raise
+    except Exception as error:                          # Pillow raises nearly anything for a broken file
+        raise ValueError(f"{path}: expected an image, found a file that cannot be read ({error}). It may be truncated: "
+                         "fetch it again or take it out of the list.") from error
+
+
+def read_label(path: Path, table: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """For evaluation alone: a label file → classes (H, W) int64 by the look-up table.
+
+    Raises ValueError, naming file and values, when a value is not in the table or the size (H, W) is not the image's.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode not in ("P", "L", "1"):
+                raise ValueError(f"expected an index picture (mode P or L), found mode {image.mode}")
+            values = np.asarray(image, dtype=np.uint8)
+    except Exception as error:
+        raise ValueError(f"{path}: this label cannot be used: {error}. Mend or replace the file.") from error
+    if values.shape != size:
+        raise ValueError(f"{path}: expected a label of {size[0]}×{size[1]} pixels, as its image; found {values.shape[0]}×"
+                         f"{values.shape[1]}.")
+    classes = table[values]
+    if (classes < 0).any():
+        unknown = np.unique(values[classes < 0]).tolist()
+        raise ValueError(f"{path}: expected the values {describe(table)}; found {unknown}. The label was made for another "
+                         "class list, or is a colour picture.")
+    return classes.astype(np.int64)
+
+
+def describe(table: np.ndarray) -> str:
+    known = np.flatnonzero(table >= 0)
+    return f"{known[0]}..{known[-2]} and 255"
+
+
+NORMALISE = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB image → normalised (3, H, W) float32."""
+    return NORMALISE(image).as_subclass(Tensor)
+
+
+def short_side_to(image: Image.Image, size: int) -> Image.Image:
+    """Resize so that the shorter side has `size` pixels, bilinear with antialiasing, as at training and test."""
+    return v2.functional.resize(image, size, interpolation=v2.InterpolationMode.BILINEAR, antialias=True)
+
+
+def augmentation(short_side: int, crop: int | tuple[int, int], scale: tuple[float, float], distort: bool) -> v2.Transform:
+    """The recipe's augmentation: PIL image → normalised (3, crop, crop). torchvision's transforms throughout.
+
+    Random scale (short side × U(scale)), photometric distortion, random flip, random crop. What the crop lacks is filled
+    after normalisation with zeros, that is with CLIP's mean colour.
+    """
+    low, high = (round(short_side * ratio) for ratio in scale)
+    return v2.Compose([
+        v2.RandomResize(low, high + 1, antialias=True) if high > low else v2.Resize(short_side, antialias=True),
+        v2.RandomHorizontalFlip(),
+        v2.ToImage(),
+        *([v2.RandomPhotometricDistort()] if distort else []),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(MEAN, STD),
+        v2.RandomCrop(crop, pad_if_needed=True, fill=0),
+    ])
+
+
+class TrainingImages(torch.utils.data.Dataset):
+    """Augmented images and their ids. It is given image paths alone and has no way to a label.
+
+    An item is asked for as `(epoch, index)` (see `training_batches`): its augmentation depends on seed, epoch and index
+    only, so neither the number of workers nor an interruption changes it.
+    """
+
+    def __init__(self, images: dict[str, Path], transform: v2.Transform, seed: int):
+        self.ids, self.paths = list(images), list(images.values())
+        self.transform, self.seed = transform, seed
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, when: tuple[int, int]) -> tuple[Tensor, str]:
+        epoch, index = when
+        image = read_image(self.paths[index])
+        with random_state(seed_of(self.seed, "augmentation", epoch, index)):
+            return self.transform(image).as_subclass(Tensor), self.ids[index]
+
+
+@contextlib.contextmanager
+def random_state(seed: int):
+    """torch's global generator, which torchvision's transforms draw from, seeded inside and as before outside."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def training_batches(images: dict[str, Path], transform: v2.Transform, *, batch_size: int, first_step: int, steps: int,
+                     seed: int, workers: int = 0):
+    """Batches `(images (B, 3, H, W), ids)` for the steps first_step..steps−1.
+
+    Every epoch is a fresh permutation; a last batch that is not full is dropped (unless it is the only one).
+    """
+    dataset = TrainingImages(images, transform, seed)
+    batches = Batches(len(dataset), batch_size, first_step, steps, seed)
+    return torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers,
+                                       pin_memory=torch.cuda.is_available(), persistent_workers=False)
+
+
+def steps_per_epoch(images: int, batch_size: int) -> int:
+    return max(1, images // batch_size)
+
+
+class Batches:
+    """Which image comes when: lists of (epoch, index), a function of the seed and the step alone."""
+
+    def __init__(self, images: int, batch_size: int, first_step: int, steps: int, seed: int):
+        self.images, self.batch_size, self.first_step, self.steps, self.seed = images, batch_size, first_step, steps, seed
+
+    def __len__(self) -> int:
+        return self.steps - self.first_step
+
+    def __iter__(self):
+        per_epoch, order_of = steps_per_epoch(self.images, self.batch_size), None
+        for step in range(self.first_step, self.steps):
+            epoch, place = divmod(step, per_epoch)
+            if order_of != epoch:
+                order = np.random.default_rng(seed_of(self.seed, "order", epoch)).permutation(self.images)
+                order_of = epoch
+            yield [(epoch, int(index)) for index in order[place * self.batch_size:(place + 1) * self.batch_size]]
+
+
+class LabelledImages(torch.utils.data.Dataset):
+    """For evaluation alone: `(id, image (3, h, w), true_label (H, W) int64)`; the label keeps its own size."""
+
+    def __init__(self, images: dict[str, Path], labels: dict[str, Path], table: np.ndarray, short_side: int):
+        self.items = [(name, images[name], labels[name]) for name in images if name in labels]
+        self.table, self.short_side = table, short_side
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[str, Tensor, Tensor]:
+        name, image_path, label_path = self.items[index]
+        image = read_image(image_path)
+        label = read_label(label_path, self.table, size=(image.height, image.width))
+        return name, to_tensor(short_side_to(image, self.short_side)), torch.from_numpy(label)
+
+
+# ------------------------------------------------------------------------------------------ a download
+
+def download(data: str, root: str) -> None:
+    """Fetch PASCAL VOC 2012 under `root` unless it is there. Raises ValueError for others, OSError when it fails."""
+    if data != "voc":
+        raise ValueError(f"--download: expected --data voc, the one dataset that can be fetched here; found {data}.")
+    try:
+        find_voc(root)
+        return
+    except FileNotFoundError:
+        pass
+    from torchvision.datasets import VOCSegmentation
+    try:
+        VOCSegmentation(root, year="2012", image_set="train", download=True)
+    except RuntimeError as error:
+        raise OSError(f"PASCAL VOC 2012 could not be fetched ({error}). Try again, or unpack VOCtrainval_11-May-2012.tar "
+                      f"under {root} yourself.") from error

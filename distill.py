@@ -1,0 +1,340 @@
+"""Stage 2 of ReCLIP++ (Sec. III-E): teach the rectified CLIP to a segmentation network, DeepLab V2.
+
+    python distill.py                          continues from the newest rectification
+    python distill.py --data voc               the rectification of that dataset
+
+The teacher is stage 1, frozen: its masks and its features. The student is a dilated ResNet with DeepLab V2's head,
+whose output replaces CLIP's features; what comes behind (query head, bias logit map, decoder) it inherits from the
+teacher, frozen. Reads images alone, no label of any kind. Writes runs/<data>/distill/.
+
+    image ──CLIP──► Z ───────────► rectified masks (stage 1) ──► pseudo-labels ───┐ Eq. 8
+      │             │ Eq. 9 (L1)                                                  │
+      └─ResNet─ASPP─► Ẑ ── query head ── − bias logits ── decoder ── M^D ─────────┘
+                    └─────────────────── contrastive loss ◄───────────┘ Eq. 10
+
+    B images · C classes · D joint dimension (512) · H,W pixels · h,w the student's grid (H/8, W/8)
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import runs
+
+
+def flags() -> argparse.ArgumentParser:
+    parser = runs.common_flags(__doc__)
+    parser.add_argument_group("student").add_argument(
+        "--backbone", choices=("small", "resnet50", "resnet101"), default=argparse.SUPPRESS,
+        help="torchvision's ResNet-50 or -101 with its ImageNet weights, or the small one of Toyland "
+             "(default: small for toyland, else resnet50)")
+    return parser
+
+
+if __name__ == "__main__":
+    FLAGS = flags().parse_args()            # before torch is imported: --help answers at once
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+import clip
+import data
+import rectify
+import toyland
+from rectify import (Rectifier, World, bias_logits, cached_query, cached_votes, contrastive_loss, find_checkpoint,
+                     load_rectifier, multi_label_hypothesis, open_world, poly_rate, query_logits, recipe_for, rectified_logits,
+                     rectified_masks, reference_features)
+
+# ------------------------------------------------------------------------------------------ the recipe
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every number of stage 2. The defaults are those of VOC, with their sources; RECIPES says what differs."""
+    backbone: str = "resnet50"              # [code] ImageNet initialisation
+    feature_weight: float = 0.5             # [paper] α
+    text_weight: float = 0.5                # [paper] β
+    short_side: int = 512                   # [ours: the code's crop; it scales by U(0.5, 2) as stage 1 does]
+    crop: tuple[int, int] = (512, 512)      # [code] height, width
+    scale: tuple[float, float] = (0.5, 2.0)   # [code]
+    distort: bool = True                    # [code] photometric distortion
+    batch_size: int = 16                    # [code]
+    learning_rate: float = 0.01             # [code] SGD
+    head_rate: float = 10.0                 # [DeepLab V2, Sec. 4.1] the new head learns ten times faster
+    momentum: float = 0.9                   # [code]
+    weight_decay: float = 5e-4              # [code]
+    poly_power: float = 0.9                 # [code]
+    floor_rate: float = 1e-4                # [code] the rate never falls below
+    epochs: int = 100                       # [code] VOC 100, ADE 150, COCO 50
+
+
+RECIPES = {
+    "voc": Recipe(),
+    "folder": Recipe(),
+    # [ours] A student and pictures for two cores.
+    "toyland": Recipe(backbone="small", short_side=144, crop=(144, 192), scale=(1.0, 1.0), distort=False,
+                      learning_rate=0.02, epochs=10),
+}
+
+# ------------------------------------------------------------------------------------------ the student
+
+
+class DeepLabV2(nn.Module):
+    """A dilated ResNet (output stride 8) and DeepLab V2's head: Ẑ, one unit vector per place. Sec. III-E.
+
+    The head (ASPP) is the SUM of four 3×3 convolutions at rates 6, 12, 18, 24: Chen et al. 2017, Sec. 3.2, unlike the
+    concatenation of DeepLab V3. (B, 3, H, W) → (B, D, ⌈H/8⌉, ⌈W/8⌉).
+    """
+
+    def __init__(self, backbone: str, dim: int, pretrained: bool):
+        super().__init__()
+        resnet = build_resnet(backbone, pretrained)
+        self.backbone = nn.Sequential(resnet.conv1, resnet.bn1, resnet.relu, resnet.maxpool,
+                                      resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4)
+        channels = resnet.fc.in_features
+        self.aspp = nn.ModuleList(nn.Conv2d(channels, dim, kernel_size=3, padding=rate, dilation=rate)
+                                  for rate in (6, 12, 18, 24))
+        for conv in self.aspp:
+            nn.init.normal_(conv.weight, std=0.01)
+            nn.init.zeros_(conv.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.backbone(images)                                               # (B, 2048, h, w)
+        x = sum(conv(x) for conv in self.aspp)                                  # (B, D, h, w)
+        return F.normalize(x.float(), dim=1)                # the inherited head expects cosines, as from CLIP
+
+
+def build_resnet(backbone: str, pretrained: bool) -> torchvision.models.ResNet:
+    """torchvision's ResNet with dilation in place of the last two strides, with its pre-trained weights.
+
+    Raises OSError when the ImageNet weights can neither be found in torch's cache nor be fetched.
+    """
+    if backbone == "small":
+        return toyland.small_resnet(pretrained)
+    build, weights = {"resnet50": (torchvision.models.resnet50, torchvision.models.ResNet50_Weights.IMAGENET1K_V1),
+                      "resnet101": (torchvision.models.resnet101, torchvision.models.ResNet101_Weights.IMAGENET1K_V1)}[backbone]
+    try:
+        return build(weights=weights if pretrained else None, replace_stride_with_dilation=[False, True, True])
+    except (OSError, RuntimeError) as error:
+        raise OSError(f"the ImageNet weights of {backbone} are needed to start the student, and could not be fetched "
+                      f"({error}). Connect once, or put {weights.url.rsplit('/', 1)[1]} into "
+                      f"{torch.hub.get_dir()}/checkpoints.") from error
+
+
+class Inherited(nn.Module):
+    """What the student takes over from stage 1, frozen: query head, bias logit map, decoder. Sec. III-E.
+
+    All of it is buffers or parameters without gradient, in eval mode for ever (the decoder's BatchNorm keeps the
+    statistics it had as a teacher), and none of it needs CLIP any more: the student is complete without it.
+    """
+
+    def __init__(self, rectifier: Rectifier, query: Tensor, reference: Tensor, positions: Tensor):
+        super().__init__()
+        self.projection, self.decoder = rectifier.projection, rectifier.decoder
+        self.register_buffer("query", query)                                    # W_q (C, D)
+        self.register_buffer("reference", reference)                            # W_r (C, D)
+        self.register_buffer("positions", positions)                            # CLIP's PE (E, grid, grid)
+        self.requires_grad_(False)
+
+    def train(self, mode: bool = True):
+        return super().train(False)
+
+    def bias(self, h: int, w: int) -> Tensor:
+        """M_b (C, h, w) at the student's grid: positions resampled as CLIP would, then Eq. 2."""
+        positions = self.positions
+        if positions.shape[-2:] != (h, w):
+            positions = F.interpolate(positions[None], size=(h, w), mode="bicubic", align_corners=False)[0]
+        return bias_logits(positions, self.projection, self.reference)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Ẑ (B, D, h, w) → M^D (B, C, h, w): Eq. 3 and 4 on the student's features."""
+        return rectified_logits(self, features, self.query, self.bias(*features.shape[-2:]))
+
+
+class Student(nn.Module):
+    """DeepLab V2 plus what it inherits; `logits` is all that is needed at test time."""
+
+    def __init__(self, backbone: str, inherited: Inherited, pretrained: bool):
+        super().__init__()
+        self.network = DeepLabV2(backbone, inherited.query.shape[1], pretrained)
+        self.inherited = inherited
+
+    def logits(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) → M^D (B, C, h, w)."""
+        return self.inherited(self.network(images))
+
+
+# ------------------------------------------------------------------------------------------ the losses
+
+
+def mask_loss(student_logits: Tensor, pseudo_label: Tensor) -> Tensor:
+    """L_mask: cross-entropy of the student's M^D against the teacher's rectified masks. Eq. 8, Sec. III-E.
+
+    student_logits (B, C, h, w); pseudo_label (B, h, w) int64 in 0..C−1, every pixel counts: the released code leaves out
+    pixels that the ground truth does not know, which no unsupervised training may know.
+    """
+    return F.cross_entropy(student_logits.float(), pseudo_label)
+
+
+def feature_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
+    """L_feat: mean absolute difference of the student's Ẑ and CLIP's Z. Eq. 9, Sec. III-E.
+
+    (B, D, h, w) and (B, D, h', w'), unit vectors: the teacher's are resized (bilinear) to the student's grid. The gradient
+    reaches the student (the released code detaches it, so that this loss trained nothing).
+    """
+    return F.l1_loss(student_features, at_grid(teacher_features, student_features))
+
+
+def text_loss(student_features: Tensor, student_masks: Tensor, query: Tensor, hypothesis: Tensor, scale: float) -> Tensor:
+    """L_text: the contrastive loss of stage 1 with the student's own features and masks. Eq. 10, Sec. III-E; see Eq. 7."""
+    return contrastive_loss(student_features, student_masks, query, hypothesis, scale)
+
+
+def at_grid(maps: Tensor, like: Tensor) -> Tensor:
+    """(B, K, h', w') resized, bilinear, to the grid of `like` (B, ·, h, w)."""
+    if maps.shape[-2:] == like.shape[-2:]:
+        return maps
+    return F.interpolate(maps, size=like.shape[-2:], mode="bilinear", align_corners=False)
+
+
+# ------------------------------------------------------------------------------------------ training
+
+
+@torch.no_grad()
+def teach(rectifier: Rectifier, clip_model: clip.CLIP, images: Tensor, query: Tensor, reference: Tensor,
+          dense_path: str) -> tuple[Tensor, Tensor]:
+    """The teacher's view of the student's very pixels: `(Z (B, D, h', w'), M_o (B, C, h', w'))` of stage 1."""
+    features = clip_model.encode_dense(images, path=dense_path)
+    bias = bias_logits(clip_model.visual.patch_positions(*features.shape[-2:]), rectifier.projection, reference)
+    return features, rectified_logits(rectifier, features, query, bias)
+
+
+def train_step(student: Student, teacher_features: Tensor, teacher_logits: Tensor, images: Tensor, hypothesis: Tensor,
+               scale: float, mask_scale: float, mask_tau: float, recipe: Recipe,
+               noise: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    """The loss of one batch, L = L_mask + α L_feat + β L_text, and its three parts. Sec. III-E."""
+    features = student.network(images)                                                            # Ẑ (B, D, h, w)
+    logits = student.inherited(features)                                                          # M^D (B, C, h, w)
+    pseudo_label = at_grid(teacher_logits, logits).argmax(dim=1)                                  # (B, h, w)
+    uniform = torch.rand(logits.shape, generator=noise, device=logits.device)
+    masks = rectified_masks(logits, mask_scale, mask_tau, uniform)
+    of_masks = mask_loss(logits, pseudo_label)                                                    #         Eq. 8
+    of_features = feature_loss(features, teacher_features)                                        #         Eq. 9
+    of_text = text_loss(features, masks, student.inherited.query, hypothesis, scale)              #         Eq. 10
+    loss = of_masks + recipe.feature_weight * of_features + recipe.text_weight * of_text
+    return loss, {"mask": of_masks.item(), "feature": of_features.item(), "text": of_text.item()}
+
+
+def parameter_groups(student: Student, recipe: Recipe) -> list[dict]:
+    """The student's weights for SGD: the pre-trained backbone at the recipe's rate, the new head at a multiple of it."""
+    return [{"params": student.network.backbone.parameters(), "factor": 1.0},
+            {"params": student.network.aspp.parameters(), "factor": recipe.head_rate}]
+
+
+# ------------------------------------------------------------------------------------------ the run
+
+
+def build_student(world: World, rectifier: Rectifier, query: Tensor, backbone: str, pretrained: bool = True) -> Student:
+    """A student in its initial state around what it inherits from `rectifier`."""
+    with torch.no_grad():
+        reference = reference_features(world.clip_model, rectifier.prompt, world.vocabulary.names)
+    visual = world.clip_model.visual
+    grid = visual.input_resolution // visual.patch_size
+    inherited = Inherited(rectifier, query, reference, visual.patch_positions(grid, grid).detach().clone())
+    return Student(backbone, inherited, pretrained).to(world.device)
+
+
+def load_student(world: World, query: Tensor) -> Student:
+    """The trained student of `world`, in eval mode. It holds all it needs; CLIP is not run."""
+    checkpoint = runs.load(world.folder("distill") / "checkpoint.pt", "distill")
+    path = world.folder("distill") / "checkpoint.pt"
+    for field, what in (("synonyms", "class list"), ("clip", "CLIP")):
+        runs.refuse_unless(path, what, expected=world.described()[field], found=checkpoint["settings"]["world"][field])
+    rectifier = Rectifier(world.clip_model, len(world.vocabulary), prompt_length=1)     # shapes alone; weights follow
+    student = build_student(world, rectifier, query, checkpoint["settings"]["recipe"]["backbone"], pretrained=False)
+    student.load_state_dict(checkpoint["weights"])
+    return student.eval()
+
+
+def main(args: argparse.Namespace) -> Path:
+    """Distil the newest rectification (making one first if there is none) and return the checkpoint's path."""
+    teacher_checkpoint = rectification(args)
+    world = open_world(args, teacher_checkpoint)
+    query = cached_query(world)
+    teacher_recipe, rectifier = load_rectifier(world, teacher_checkpoint)
+    recipe = recipe_for(world, args, RECIPES)
+    if hasattr(args, "backbone"):
+        recipe = replace(recipe, backbone=args.backbone)
+    images = data.training_images(world.name, world.root)
+    per_epoch = data.steps_per_epoch(len(images), recipe.batch_size)
+    steps = recipe.epochs * per_epoch
+    header = {"stage": "distill", "data": world.name, "images": len(images),
+              "classes": len(world.vocabulary), "clip": f"{world.clip_name} ({world.fingerprint})",
+              "device": str(world.device), "precision": world.precision, "seed": args.seed, "versions": runs.versions(),
+              "recipe": asdict(recipe)}
+    settings = {"world": world.described(), "recipe": asdict(recipe), "seed": args.seed, "precision": world.precision,
+                "images": list(images), "teacher": runs.seed_of(teacher_checkpoint["settings"])}
+
+    hypotheses = multi_label_hypothesis(cached_votes(world, query, images, teacher_recipe), teacher_recipe.vote_threshold)
+    row = {name: number for number, name in enumerate(images)}
+    torch.manual_seed(runs.seed_of(args.seed, "student"))
+    student = build_student(world, rectifier, query, recipe.backbone)
+    with torch.no_grad():
+        reference = reference_features(world.clip_model, rectifier.prompt, world.vocabulary.names)
+    optimizer = torch.optim.SGD(parameter_groups(student, recipe), lr=recipe.learning_rate, momentum=recipe.momentum,
+                                weight_decay=recipe.weight_decay)
+    run = runs.Training(world.folder("distill"), "distill", settings, header, student, optimizer, steps=steps, steps_per_epoch=per_epoch,
+                        resume=args.resume)
+    transform = data.augmentation(recipe.short_side, recipe.crop, recipe.scale, recipe.distort)
+    batches = data.training_batches(images, transform, batch_size=recipe.batch_size, first_step=run.first_step,
+                                    steps=steps, seed=args.seed, workers=world.workers)
+    noise = torch.Generator(world.device)
+    scale = float(world.clip_model.logit_scale.exp())
+    student.train()
+    with run:
+        for step, (batch, ids) in enumerate(batches, start=run.first_step):
+            batch = batch.to(world.device)
+            noise.manual_seed(runs.seed_of(args.seed, "gumbel", step))
+            hypothesis = hypotheses[[row[name] for name in ids]].to(world.device)
+            with runs.autocast(world.device, world.precision):
+                teacher_features, teacher_logits = teach(rectifier, world.clip_model, batch, query, reference,
+                                                         teacher_recipe.dense_path)
+                loss, losses = train_step(student, teacher_features, teacher_logits, batch, hypothesis, scale,
+                                          teacher_recipe.mask_scale, teacher_recipe.mask_tau, recipe, noise)
+            run.refuse_non_finite(loss, step, ids)
+            rate = max(recipe.floor_rate, poly_rate(recipe.learning_rate, step, steps, recipe.poly_power))
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["factor"]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            run.done(step, {"loss": loss.item(), **losses}, rate)
+    path = run.finish()
+
+    import evaluate                                 # the first and only place where a label may be opened
+    evaluate.after_training(world, ["rectify", "distill"], "distill", query)
+    print(f"\nNext: python evaluate.py{runs.repeated(args)}")
+    return path
+
+
+def rectification(args: argparse.Namespace) -> dict:
+    """The stage-1 checkpoint to continue from: that of `--data`, else the newest; stage 1 is run first if there is none."""
+    found = find_checkpoint(args, "rectify")
+    if found is None:
+        print("No rectification found: making one first, as python rectify.py would.")
+        flags = argparse.Namespace(**vars(args))
+        for name in ("epochs", "batch_size", "backbone"):           # these are meant for stage 2
+            if hasattr(flags, name):
+                delattr(flags, name)
+        found = runs.load(rectify.main(flags), "rectify")
+    return found
+
+
+if __name__ == "__main__":
+    with runs.errors_in_one_paragraph():
+        main(FLAGS)

@@ -1,0 +1,480 @@
+"""Stage 1 of ReCLIP++ (Sec. III-B to III-D): learn CLIP's bias without a label, subtract it, decode rectified masks.
+
+    python rectify.py                          Toyland: offline, two minutes on a laptop
+    python rectify.py --data voc               PASCAL VOC 2012 under ./data, on a GPU
+    python rectify.py --data photos --classes names.txt      your own images and words
+
+Reads images, class names and a frozen CLIP. Trains three things: 73 prompt vectors (which classes CLIP prefers), a
+projection of the positional embedding (where it prefers them), and a small decoder. Sees no label of any kind: labels,
+where they exist, are opened after training, by evaluate.py. Writes runs/<data>/rectify/.
+
+The data flow, which is also the order of this file:
+
+    image ──CLIP──► features Z ──── query logits M_q ──(−)── M ── decoder ── M_o ── Gumbel-Softmax ── masks
+    class names ──► query W_q ───────────┘              │Eq. 3    Eq. 4              Eq. 5             │
+    73 vectors + class names ──► reference W_r ┐ Eq. 1  │                                              │
+    positional embedding ──► projection W_p ───┴─ bias logits M_b  Eq. 2                                 │
+    windows of the image ──CLIP──► hypothesis H  Eq. 6 ─────────────────── contrastive loss  Eq. 7 ◄───┘
+
+    B images · C classes · D joint dimension (512) · E ViT width (768) · Et text width (512)
+    H,W pixels · h,w patches · n = h·w · L learned prompt vectors (73)
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import runs
+
+
+def flags() -> argparse.ArgumentParser:
+    return runs.common_flags(__doc__)
+
+
+if __name__ == "__main__":
+    FLAGS = flags().parse_args()            # before torch is imported: --help answers at once
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import clip
+import data
+
+# ------------------------------------------------------------------------------------------ the recipe
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every number of stage 1. The defaults are those of VOC, with their sources; RECIPES says what differs."""
+    dense_path: str = "residual"            # [code] the way through CLIP's last block (see CLIP.encode_dense)
+    prompt_length: int = 73                 # [paper] 77 = start + 73 + two name tokens + end
+    window_ratio: float = 1 / 6             # [paper] r of Eq. 6
+    vote_threshold: float = 0.07            # [paper] t of Eq. 6
+    mask_scale: float = 100.0               # [code] factor on M_o before Gumbel-Softmax
+    mask_tau: float = 1.0                   # [code] τ1 of Eq. 5
+    short_side: int = 336                   # [code] pixels
+    crop: tuple[int, int] = (336, 336)      # [code] height, width
+    scale: tuple[float, float] = (0.5, 2.0)   # [code] random scale of the short side
+    distort: bool = True                    # [code] photometric distortion
+    batch_size: int = 1                     # [code]
+    learning_rate: float = 0.01             # [paper]
+    momentum: float = 0.9                   # [paper]
+    weight_decay: float = 5e-4              # [paper]
+    poly_power: float = 0.9                 # [paper]
+    horizon: int = 200                      # [code] epochs at which the poly schedule would reach zero
+    epochs: int = 50                        # [code] epochs after which training stops
+
+
+RECIPES = {
+    "voc": Recipe(),
+    # [ours] Images of unknown kind: VOC's numbers, but any class that wins one window may be there.
+    "folder": Recipe(vote_threshold=0.0),
+    # [ours] Toyland's scenes at 1.5 times their size, larger batches and windows, to fit two cores.
+    "toyland": Recipe(dense_path="value", window_ratio=1 / 3, short_side=144, crop=(144, 192), scale=(1.0, 1.0),
+                      distort=False, batch_size=16, learning_rate=0.1, horizon=8, epochs=8),
+}
+
+# ------------------------------------------------------------------------------------------ what CLIP says
+
+
+@torch.no_grad()
+def query_features(clip_model: clip.CLIP, vocabulary: data.Vocabulary) -> Tensor:
+    """W_q: what CLIP expects each class to look like. (C, D), unit rows. Sec. III-A.
+
+    Every name of a class in every template is encoded and normalised; their mean, normalised again, is the query.
+    """
+    rows = []
+    for names in tqdm(vocabulary.synonyms, desc="query features", unit="class", leave=False):
+        sentences = [template.format(name) for name in names for template in vocabulary.templates]
+        features = clip_model.encode_text(clip.tokenize(sentences).to(clip_model.device)).float()    # (templates, D)
+        rows.append(F.normalize(F.normalize(features, dim=-1).mean(dim=0), dim=-1))
+    return torch.stack(rows)
+
+
+def query_logits(features: Tensor, query: Tensor) -> Tensor:
+    """M_q = Z W_qᵀ: cosine of every patch with every class, MaskCLIP's prediction. Sec. III-A.
+
+    features (B, D, h, w) and query (C, D), both of unit length → (B, C, h, w) in [−1, 1].
+    """
+    return torch.einsum("bdhw,cd->bchw", features, query)
+
+
+# ------------------------------------------------------------------------------------------ bias extraction
+
+
+def reference_features(clip_model: clip.CLIP, prompt: Tensor, class_names: list[str]) -> Tensor:
+    """W_r: the text features of `[v_1]…[v_L][CLS]`, what CLIP is drawn to when no picture speaks. Eq. 1, Sec. III-B.
+
+    prompt (L, Et), learned and shared by all classes → (C, D). Divided by the norm of the whole matrix, not row by row,
+    as the released code does: rows keep their relative length, and all together have length one. The choice sets the
+    scale of the bias; weights trained with one are worthless under the other (a third party measured 84.5 → 28.4 mIoU).
+    """
+    reference = clip_model.encode_prompt(prompt, class_names).float()
+    return reference / reference.norm()
+
+
+def bias_logits(positions: Tensor, projection: nn.Conv2d, reference: Tensor) -> Tensor:
+    """M_b = W_p W_rᵀ: how much too often CLIP says a class at a place, whatever the picture. Eq. 2, Sec. III-B.
+
+    positions (E, h, w): CLIP's positional embedding on the image's grid; projection: a 1×1 convolution E → D that makes
+    it W_p; reference (C, D) = W_r → (C, h, w). It depends on parameters and grid alone: at test it is computed once.
+    """
+    return torch.einsum("dhw,cd->chw", projection(positions[None])[0], reference)
+
+
+# ------------------------------------------------------------------------------------------ rectified masks
+
+
+def subtract_bias(query: Tensor, bias: Tensor) -> Tensor:
+    """M = M_q − M_b: what is left when the bias is taken away. Eq. 3, Sec. III-C. (B, C, h, w), (C, h, w) → (B, C, h, w)."""
+    return query - bias
+
+
+class Decoder(nn.Module):
+    """M_o = BN(conv5×5(Z ‖ M)): smooths logits over a neighbourhood, with the features as a guide. Eq. 4, Sec. III-C."""
+
+    def __init__(self, dim: int, classes: int):
+        super().__init__()
+        self.conv = nn.Conv2d(dim + classes, classes, kernel_size=5, padding=2, bias=False)
+        self.norm = nn.BatchNorm2d(classes)
+        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out")               # [code]; no ReLU follows
+
+    def forward(self, features: Tensor, logits: Tensor) -> Tensor:
+        """features (B, D, h, w), logits (B, C, h, w) → M_o (B, C, h, w)."""
+        return self.norm(self.conv(torch.cat([features, logits], dim=1)))
+
+
+def rectified_masks(decoded: Tensor, scale: float, tau: float, uniform: Tensor) -> Tensor:
+    """M̂ = Gumbel-Softmax(M_o, τ1): one class per patch, drawn at random, yet with a gradient. Eq. 5, Sec. III-C.
+
+    decoded (B, C, h, w); uniform: numbers in [0, 1) of the same shape, the only randomness. Returns (B, C, h, w), exactly
+    one 1 per patch along dim 1; in the backward pass it behaves like the soft distribution (straight-through).
+    Written out instead of `F.gumbel_softmax`, which draws its noise from the global generator: here the caller draws it,
+    as a function of (seed, step), so that a resumed run repeats it.
+    """
+    exponential = (-uniform.clamp(min=1e-10).log()).clamp(min=1e-10)           # the clamps keep both logarithms finite
+    gumbel = -exponential.log()
+    soft = ((scale * decoded.float() + gumbel) / tau).softmax(dim=1)
+    hard = torch.zeros_like(soft).scatter_(dim=1, index=soft.argmax(dim=1, keepdim=True), value=1.0)
+    return hard + soft - soft.detach()                                          # value of hard, gradient of soft
+
+
+# ------------------------------------------------------------------------------------------ the hypothesis
+
+
+def windows(image: Tensor, ratio: float) -> Tensor:
+    """Sliding windows of `ratio` times the image's height and width, half a window apart. Eq. 6, Sec. III-D.
+
+    image (3, H, W) → (k², 3, H·ratio, W·ratio), k = 2/ratio − 1 places a side: 11 × 11 for ratio 1/6. Ratio 1 gives the image.
+    """
+    _, H, W = image.shape
+    places = max(1, round(2 / ratio) - 1)
+    height, width = max(1, round(H * ratio)), max(1, round(W * ratio))
+    tops = [round(i * (H - height) / max(1, places - 1)) for i in range(places)]
+    lefts = [round(i * (W - width) / max(1, places - 1)) for i in range(places)]
+    return torch.stack([image[:, top:top + height, left:left + width] for top in tops for left in lefts])
+
+
+def window_votes(window_features: Tensor, query: Tensor) -> Tensor:
+    """f(k): the share of an image's windows whose best class is k. Eq. 6, Sec. III-D.
+
+    window_features (..., k², D) from CLIP's global encoder, any length; query (C, D) → (..., C), sums to one.
+    """
+    best = (window_features @ query.T).argmax(dim=-1)                           # (..., k²)
+    return F.one_hot(best, len(query)).float().mean(dim=-2)
+
+
+def multi_label_hypothesis(votes: Tensor, threshold: float) -> Tensor:
+    """H = {k : f(k) > t}: the classes that an image may contain. Eq. 6, Sec. III-D.
+
+    votes (B, C), rows summing to one → (B, C) bool. Where no class passes, the one with most votes stands alone.
+    """
+    best = F.one_hot(votes.argmax(dim=-1), votes.shape[-1]).bool()
+    passed = votes > threshold
+    return torch.where(passed.any(dim=-1, keepdim=True), passed, best)
+
+
+@torch.no_grad()
+def count_votes(clip_model: clip.CLIP, query: Tensor, images: dict[str, Path], short_side: int, ratio: float,
+                precision: str, workers: int, windows_per_batch: int = 1024) -> dict[str, Tensor]:
+    """f(k) of every image: id → (C,). One pass over the training images, windows of several images in one batch."""
+    device, size = clip_model.device, clip_model.visual.input_resolution
+    loader = torch.utils.data.DataLoader(WholeImages(images, short_side), batch_size=None, num_workers=workers)
+    votes: dict[str, Tensor] = {}
+    waiting: list[tuple[str, Tensor]] = []
+
+    def vote() -> None:
+        with runs.autocast(device, precision):
+            features = clip_model.encode_image(torch.cat([resized for _, resized in waiting])).float()
+        counts = [len(resized) for _, resized in waiting]
+        for (name, _), of_image in zip(waiting, features.split(counts)):
+            votes[name] = window_votes(of_image, query).cpu()
+        waiting.clear()
+
+    for name, image in tqdm(loader, total=len(images), desc="hypotheses", unit="image"):
+        resized = F.interpolate(windows(image.to(device), ratio), size=(size, size), mode="bicubic", antialias=True)
+        waiting.append((name, resized))
+        if len(waiting) * len(resized) >= windows_per_batch:
+            vote()
+    if waiting:
+        vote()
+    return votes
+
+
+class WholeImages(torch.utils.data.Dataset):
+    """Images as they are, resized to one short side: `(id, image (3, h, w))`. No labels, no augmentation."""
+
+    def __init__(self, images: dict[str, Path], short_side: int):
+        self.ids, self.paths, self.short_side = list(images), list(images.values()), short_side
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> tuple[str, Tensor]:
+        image = data.short_side_to(data.read_image(self.paths[index]), self.short_side)
+        return self.ids[index], data.to_tensor(image)
+
+
+# ------------------------------------------------------------------------------------------ the loss
+
+
+def contrastive_loss(features: Tensor, masks: Tensor, query: Tensor, hypothesis: Tensor, scale: float) -> Tensor:
+    """What the mask of class k covers should look like k to CLIP, and like no other class. Eq. 7, Sec. III-D.
+
+    features (B, D, h, w) of unit length; masks (B, C, h, w), 1 where a patch is the class's; query (C, D) of unit length;
+    hypothesis (B, C) bool, at least one class per image; scale = exp(logit_scale) = 1/τ. Returns a scalar.
+
+    Z_g = mean over all n patches of mask × feature, (B, C, D); S = Z_g W_qᵀ (B, C, C); the loss is the cross-entropy of
+    row k of scale·S against k, averaged over k ∈ H, then over images.
+    The paper writes S as a cosine. We follow the released code, which divides by n but does not normalise Z_g again, so
+    that a logit grows with the mask's area: an empty mask then says nothing (all logits 0, cross-entropy ln C) and still
+    has a finite gradient that draws the most fitting patches in, where the cosine of a zero vector has none of use.
+    """
+    pooled = torch.einsum("bchw,bdhw->bcd", masks, features) / masks[0, 0].numel()                # Z_g (B, C, D)
+    log_probability = (scale * pooled @ query.T).log_softmax(dim=-1)                              # (B, C, C)
+    of_itself = log_probability.diagonal(dim1=-2, dim2=-1)                                        # (B, C)
+    return -((of_itself * hypothesis).sum(dim=-1) / hypothesis.sum(dim=-1)).mean()
+
+
+# ------------------------------------------------------------------------------------------ training
+
+
+class Rectifier(nn.Module):
+    """All that stage 1 trains: the Reference prompt, the projection of positions, the decoder. Nothing else."""
+
+    def __init__(self, clip_model: clip.CLIP, classes: int, prompt_length: int):
+        super().__init__()
+        _, width = clip_model.visual.positional_embedding.shape
+        dim = clip_model.visual.proj.shape[1]
+        # [code] All vectors start at the embedding of token 0; their positions make them differ at once.
+        start = clip_model.token_embedding.weight[0].detach().cpu()
+        self.prompt = nn.Parameter(start.repeat(prompt_length, 1))                                # (L, Et)
+        self.projection = nn.Conv2d(width, dim, kernel_size=1)
+        self.decoder = Decoder(dim, classes)
+
+
+def train_step(rectifier: Rectifier, clip_model: clip.CLIP, images: Tensor, hypothesis: Tensor, query: Tensor,
+               class_names: list[str], recipe: Recipe, noise: torch.Generator) -> Tensor:
+    """The loss of one batch: images (B, 3, H, W), hypothesis (B, C) bool, query (C, D). Sec. III-B to III-D in order."""
+    with torch.no_grad():
+        features = clip_model.encode_dense(images, path=recipe.dense_path)                        # Z (B, D, h, w)
+        query_map = query_logits(features, query)                                                 # M_q (B, C, h, w)
+        positions = clip_model.visual.patch_positions(*features.shape[-2:])                       # PE (E, h, w)
+    reference = reference_features(clip_model, rectifier.prompt, class_names)                     # W_r (C, D)     Eq. 1
+    bias = bias_logits(positions, rectifier.projection, reference)                                # M_b (C, h, w)  Eq. 2
+    rectified = subtract_bias(query_map, bias)                                                    # M              Eq. 3
+    decoded = rectifier.decoder(features, rectified)                                              # M_o            Eq. 4
+    uniform = torch.rand(decoded.shape, generator=noise, device=decoded.device)
+    masks = rectified_masks(decoded, recipe.mask_scale, recipe.mask_tau, uniform)                 # M̂              Eq. 5
+    scale = float(clip_model.logit_scale.exp())
+    return contrastive_loss(features, masks, query, hypothesis, scale)                            #                Eq. 7
+
+
+def poly_rate(rate: float, step: int, horizon: int, power: float) -> float:
+    """rate · (1 − step / horizon)^power. Training may stop before the horizon, as the released code does."""
+    return rate * (1 - step / horizon) ** power
+
+
+@torch.no_grad()
+def rectified_logits(rectifier: Rectifier, features: Tensor, query: Tensor, bias: Tensor) -> Tensor:
+    """Test time: M_o of features (B, D, h, w) with a ready bias map (C, h, w) → (B, C, h, w). No noise, BN as trained."""
+    return rectifier.decoder(features, subtract_bias(query_logits(features, query), bias))
+
+
+# ------------------------------------------------------------------------------------------ setting up
+
+
+@dataclass
+class World:
+    """What a run works on: images, words and the frozen CLIP. Made by `open_world`, shared by all scripts."""
+    name: str                               # toyland, voc, or a folder's path
+    root: str
+    vocabulary: data.Vocabulary
+    clip_name: str
+    clip_model: clip.CLIP
+    fingerprint: str                        # of CLIP's weights
+    device: torch.device
+    precision: str
+    workers: int
+    out: str
+
+    def folder(self, stage: str) -> Path:
+        return runs.stage_folder(self.out, self.name, stage)
+
+    def described(self) -> dict:
+        """What a checkpoint remembers of its world, and `open_world` reads back."""
+        return {"data": self.name, "root": self.root, "synonyms": [list(names) for names in self.vocabulary.synonyms],
+                "clip_name": self.clip_name, "clip": self.fingerprint}
+
+
+def open_world(args: argparse.Namespace, checkpoint: dict | None = None,
+               vocabulary: data.Vocabulary | None = None) -> World:
+    """The world that the flags name; what they leave open is as in `checkpoint`, else Toyland.
+
+    `vocabulary` replaces the flags' classes. Raises ValueError or FileNotFoundError, also when the class list or CLIP's
+    weights are not those of the checkpoint.
+    """
+    known = checkpoint["settings"]["world"] if checkpoint else {}
+    default = "toyland" if vocabulary is None else "photo"          # a user's own words are not Toyland's
+    name = getattr(args, "data", known.get("data", default))
+    if vocabulary is None and known and not hasattr(args, "classes"):
+        vocabulary = data.vocabulary_of(name, tuple(tuple(names) for names in known["synonyms"]))
+    if vocabulary is None:
+        vocabulary = data.vocabulary(name, getattr(args, "classes", None))
+    device = runs.device_of(args)
+    clip_name = getattr(args, "clip", known.get("clip_name", "toyland" if name == "toyland" else "ViT-B/16"))
+    root = getattr(args, "root", known.get("root", "data"))
+    if args.download:
+        data.download(name, root)
+    model, _ = clip.load(clip_name, device)
+    model.requires_grad_(False)                                     # frozen for ever: no gradient is even recorded
+    world = World(name, root, vocabulary, clip_name, model, clip.fingerprint(model), device, args.precision,
+                  runs.workers_of(args, device), args.out)
+    if known:
+        path = world.folder(checkpoint["stage"]) / "checkpoint.pt"
+        for field, what in (("synonyms", "class list"), ("clip", "CLIP")):
+            runs.refuse_unless(path, what, expected=world.described()[field], found=known[field])
+    return world
+
+
+def recipe_for(world: World, args: argparse.Namespace, recipes: dict):
+    """The dataset's recipe, with `--epochs` and `--batch-size` put in. A horizon never ends before the epochs do."""
+    recipe = recipes.get(world.name, recipes["folder"] if runs.is_folder(world.name) else None)
+    if hasattr(args, "epochs"):
+        recipe = replace(recipe, epochs=args.epochs, horizon=max(recipe.horizon, args.epochs))
+    if hasattr(args, "batch_size"):
+        recipe = replace(recipe, batch_size=args.batch_size)
+    return recipe
+
+
+def recipe_of(world: World) -> Recipe:
+    """The recipe of the world's rectification; where none was trained, the dataset's."""
+    path = world.folder("rectify") / "checkpoint.pt"
+    if path.exists():
+        return load_rectifier(world, runs.load(path, "rectify"))[0]
+    return RECIPES.get(world.name, RECIPES["folder"])
+
+
+def find_checkpoint(args: argparse.Namespace, stage: str) -> dict | None:
+    """The stage's checkpoint of `--data`, without `--data` the newest one; None if there is none."""
+    path = runs.stage_folder(args.out, args.data, stage) / "checkpoint.pt" if hasattr(args, "data") \
+        else runs.newest(args.out, stage)
+    return runs.load(path, stage) if path is not None and path.exists() else None
+
+
+def cached_query(world: World) -> Tensor:
+    """W_q (C, D), from `cache/` beside the stages if it was made for the same words and weights."""
+    key = ("query", world.fingerprint, world.vocabulary.synonyms, world.vocabulary.templates)
+    return runs.cached(world.folder("cache"), "query", key,
+                       lambda: query_features(world.clip_model, world.vocabulary)).to(world.device)
+
+
+def cached_votes(world: World, query: Tensor, images: dict[str, Path], recipe: Recipe) -> Tensor:
+    """f(k) of all training images, (images, C), in the order of `images`; stored under a key of all it depends on."""
+    stamps = [(name, path.stat().st_size, path.stat().st_mtime_ns) for name, path in images.items()]
+    key = ("votes", world.fingerprint, world.vocabulary.synonyms, world.vocabulary.templates, recipe.window_ratio,
+           recipe.short_side, world.precision, stamps)
+
+    def make() -> dict[str, Tensor]:
+        return count_votes(world.clip_model, query, images, recipe.short_side, recipe.window_ratio, world.precision,
+                           world.workers)
+
+    votes = runs.cached(world.folder("cache"), "hypotheses", key, make)
+    return torch.stack([votes[name] for name in images])
+
+
+def load_rectifier(world: World, checkpoint: dict) -> tuple[Recipe, Rectifier]:
+    """Recipe and trained weights of a stage-1 checkpoint; the rectifier is frozen and in eval mode."""
+    saved = checkpoint["settings"]["recipe"]
+    recipe = Recipe(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
+    rectifier = Rectifier(world.clip_model, len(world.vocabulary), recipe.prompt_length).to(world.device)
+    rectifier.load_state_dict(checkpoint["weights"])
+    return recipe, rectifier.eval().requires_grad_(False)
+
+
+# ------------------------------------------------------------------------------------------ the run
+
+
+def main(args: argparse.Namespace) -> Path:
+    """Train stage 1, measure it where labels exist, and return the checkpoint's path."""
+    world = open_world(args)
+    recipe = recipe_for(world, args, RECIPES)
+    room = world.clip_model.prompt_room(world.vocabulary.names)
+    if room < recipe.prompt_length:                 # the end token is never lost: the learned context gives way
+        print(f"The longest class name leaves room for {room} learned vectors instead of {recipe.prompt_length}.")
+        recipe = replace(recipe, prompt_length=room)
+    folder = world.folder("rectify")
+    images = data.training_images(world.name, world.root)
+    per_epoch = data.steps_per_epoch(len(images), recipe.batch_size)
+    steps, horizon = recipe.epochs * per_epoch, recipe.horizon * per_epoch
+    header = {"stage": "rectify", "data": world.name, "images": len(images), "classes": len(world.vocabulary),
+              "clip": f"{world.clip_name} ({world.fingerprint})", "device": str(world.device), "precision": world.precision,
+              "seed": args.seed, "versions": runs.versions(), "recipe": asdict(recipe)}
+    settings = {"world": world.described(), "recipe": asdict(recipe), "seed": args.seed, "precision": world.precision,
+                "images": list(images)}
+
+    query = cached_query(world)
+    hypotheses = multi_label_hypothesis(cached_votes(world, query, images, recipe), recipe.vote_threshold)
+    row = {name: number for number, name in enumerate(images)}
+
+    torch.manual_seed(runs.seed_of(args.seed, "rectifier"))
+    rectifier = Rectifier(world.clip_model, len(world.vocabulary), recipe.prompt_length).to(world.device)
+    optimizer = torch.optim.SGD(rectifier.parameters(), lr=recipe.learning_rate, momentum=recipe.momentum,
+                                weight_decay=recipe.weight_decay)
+    run = runs.Training(folder, "rectify", settings, header, rectifier, optimizer, steps=steps,
+                        steps_per_epoch=per_epoch, resume=args.resume)
+    transform = data.augmentation(recipe.short_side, recipe.crop, recipe.scale, recipe.distort)
+    batches = data.training_batches(images, transform, batch_size=recipe.batch_size, first_step=run.first_step,
+                                    steps=steps, seed=args.seed, workers=world.workers)
+    noise = torch.Generator(world.device)
+    rectifier.train()
+    with run:
+        for step, (batch, ids) in enumerate(batches, start=run.first_step):
+            noise.manual_seed(runs.seed_of(args.seed, "gumbel", step))
+            hypothesis = hypotheses[[row[name] for name in ids]].to(world.device)
+            with runs.autocast(world.device, world.precision):
+                loss = train_step(rectifier, world.clip_model, batch.to(world.device), hypothesis, query,
+                                  world.vocabulary.names, recipe, noise)
+            run.refuse_non_finite(loss, step, ids)
+            for group in optimizer.param_groups:
+                group["lr"] = poly_rate(recipe.learning_rate, step, horizon, recipe.poly_power)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            run.done(step, {"loss": loss.item()}, group["lr"])
+    path = run.finish()
+
+    import evaluate                                 # the first and only place where a label may be opened
+    evaluate.after_training(world, ["maskclip", "rectify"], "rectify", query)
+    print(f"\nNext: python distill.py{runs.repeated(args)}")
+    return path
+
+
+if __name__ == "__main__":
+    with runs.errors_in_one_paragraph():
+        main(FLAGS)

@@ -1,0 +1,599 @@
+"""Toyland: a small drawn world in which the whole method runs in minutes, and the training of its small CLIP.
+
+    python toyland.py                 draw the scenes into data/toyland and a contact sheet to look at
+    python toyland.py --pretrain      train the small CLIP from captions alone; writes clip/toyland.pt
+
+Two kinds of pictures, as in the real story of CLIP and its use for segmentation:
+
+captioned pictures   64×64, one or two things near the centre, a caption that names them and only sometimes what
+                     lies behind. This is how pictures on the web are, and it is all that the small CLIP learns
+                     from. Here its biases come from: things live in the centre, and a car's road is called "car".
+scenes               96×128, several stuffs, things anywhere. This is what is segmented. Validation scenes have a
+                     dense truth; the truth of training scenes is never written to disk.
+
+    B images · H,W pixels · T tokens · U different captions in a batch
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from pathlib import Path
+
+import runs
+
+# ------------------------------------------------------------------------------------------ flags
+
+
+def flags() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--root", default="data", metavar="DIR", help="the scenes go to DIR/toyland")
+    parser.add_argument("--pretrain", action="store_true", help="train the small CLIP and the small ResNet")
+    parser.add_argument("--weights", default="clip", metavar="DIR", help="where --pretrain writes its two files")
+    parser.add_argument("--pictures", type=int, default=60_000, help="captioned pictures to draw for --pretrain")
+    parser.add_argument("--epochs", type=int, default=8, help="passes over them")
+    parser.add_argument("--seed", type=int, default=0, help="of the captioned pictures and the training")
+    return parser
+
+
+if __name__ == "__main__":
+    FLAGS = flags().parse_args()            # before torch is imported: --help answers at once
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torchvision.models.resnet import Bottleneck
+from tqdm import tqdm
+
+# ------------------------------------------------------------------------------------------ the world
+
+# name: (colour in label pictures, where it is at home: the stuffs that it is usually seen on)
+STUFF = {"sky": (135, 206, 250), "grass": (60, 160, 60), "water": (30, 80, 200), "sand": (235, 205, 130),
+         "road": (110, 110, 110), "wall": (165, 75, 60)}
+THINGS = {"house": ((128, 0, 64), ("grass", "sand")), "tree": (((0, 90, 30)), ("grass", "sky")),
+          "car": ((220, 20, 60), ("road", "road", "grass")), "bus": ((255, 140, 0), ("road", "road", "wall")),
+          "boat": ((120, 60, 180), ("water",)), "sun": ((255, 230, 0), ("sky",)), "cloud": ((230, 230, 240), ("sky",)),
+          "flower": ((255, 90, 200), ("grass", "wall")), "fish": ((0, 220, 200), ("water", "sand")),
+          "balloon": ((170, 255, 80), ("sky", "sky", "wall"))}
+CLASSES = [*STUFF, *THINGS]                 # car and bus are the pair that is easy to confuse
+PALETTE = [*STUFF.values(), *(colour for colour, _ in THINGS.values())]
+TEMPLATES = ["the {}.", "a photo of the {}.", "a picture of the {}.", "a drawing of the {}."]
+
+PICTURE = 64                                # captioned pictures are square
+SCENE = (96, 128)                           # height, width
+TRAIN_SCENES, VAL_SCENES = 1000, 500
+SUPERSAMPLE = 2                             # pictures are drawn this much larger and averaged down: smooth edges
+
+
+class Canvas:
+    """A picture and its label map, painted together: a colour image (enlarged) and an index image (H, W)."""
+
+    def __init__(self, height: int, width: int):
+        self.height, self.width = height, width
+        self.image = Image.new("RGB", (width * SUPERSAMPLE, height * SUPERSAMPLE))
+        self.label = Image.new("L", (width, height))
+        self.pens = ImageDraw.Draw(self.image), ImageDraw.Draw(self.label)
+        self.index = 0                      # the class being painted
+
+    def polygon(self, points, colour) -> None:
+        points = [(float(x), float(y)) for x, y in points]
+        fill = tuple(int(value) for value in np.clip(colour, 0, 255))
+        self.pens[0].polygon([(x * SUPERSAMPLE, y * SUPERSAMPLE) for x, y in points], fill=fill)
+        self.pens[1].polygon(points, fill=self.index)
+
+    def ellipse(self, x: float, y: float, rx: float, ry: float, colour) -> None:
+        angle = np.linspace(0, 2 * np.pi, 20, endpoint=False)
+        self.polygon(zip(x + rx * np.cos(angle), y + ry * np.sin(angle)), colour)
+
+    def box(self, x0: float, y0: float, x1: float, y1: float, colour) -> None:
+        self.polygon([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], colour)
+
+    def stuff(self, name: str, top: int, bottom: int, rng: np.random.Generator) -> None:
+        """Fill the rows top..bottom with the texture of a stuff class."""
+        if bottom <= top:
+            return
+        texture = TEXTURES[name]((bottom - top) * SUPERSAMPLE, self.width * SUPERSAMPLE, rng)
+        self.image.paste(Image.fromarray(texture.clip(0, 255).astype(np.uint8)), (0, top * SUPERSAMPLE))
+        self.label.paste(CLASSES.index(name), (0, top, self.width, bottom))
+
+    def thing(self, name: str, x: float, y: float, size: float, rng: np.random.Generator) -> None:
+        """Paint a thing whose larger side is about `size` pixels, centred at (x, y)."""
+        self.index = CLASSES.index(name)
+        DRAWINGS[name](self, x, y, size / 2, rng)
+
+    def finish(self) -> tuple[np.ndarray, np.ndarray]:
+        """`(image (H, W, 3) uint8, label (H, W) uint8)`."""
+        return np.asarray(self.image.reduce(SUPERSAMPLE)), np.asarray(self.label)
+
+
+def shade(colour, rng: np.random.Generator, amount: float = 25) -> np.ndarray:
+    """A colour, a little brighter or darker and a little off in each channel."""
+    return (np.array(colour) + rng.normal(0, amount / 2) + rng.normal(0, amount / 2, 3)).clip(0, 255).astype(int)
+
+
+def pick(rng: np.random.Generator, *choices):
+    return choices[rng.integers(len(choices))]
+
+
+# ---- stuff: textures (H, W, 3)
+
+def sky(H, W, rng):
+    top, bottom = pick(rng, ((60, 130, 220), (170, 210, 250)), ((90, 160, 235), (200, 225, 250)),
+                       ((70, 80, 160), (250, 170, 120)), ((130, 150, 180), (190, 200, 215)))
+    ramp = np.linspace(0, 1, H)[:, None, None]
+    return shade(top, rng) * (1 - ramp) + shade(bottom, rng) * ramp + np.zeros((H, W, 1))
+
+
+def grass(H, W, rng):
+    blades = rng.normal(0, 28, (1 + H // 6, W, 1)).repeat(6, axis=0)[:H]        # streaks six rows tall
+    return shade((75, 150, 50), rng, 45) + blades * (0.6, 1, 0.4)
+
+
+def water(H, W, rng):
+    y, x = np.mgrid[:H, :W]
+    phase = 2 * np.sin(x * rng.uniform(0.05, 0.15) + rng.uniform(0, 6))
+    waves = np.sin(y * rng.uniform(0.45, 0.8) + phase)[..., None]
+    return shade(pick(rng, (35, 95, 170), (30, 130, 150), (60, 90, 130)), rng, 35) + 24 * waves
+
+
+def sand(H, W, rng):
+    return shade((220, 190, 130), rng, 35) + rng.normal(0, 20, (1 + H // 2, 1 + W // 2, 1)).repeat(2, 0).repeat(2, 1)[:H, :W]
+
+
+def road(H, W, rng):
+    texture = shade((105, 105, 110), rng, 35) + rng.normal(0, 6, (H, W, 1))
+    period = int(rng.integers(22, 44))
+    for y in range(int(rng.integers(period)), H, period):                       # rows of dashed white lines
+        dashes = (np.arange(W) + rng.integers(24)) % 24 < 13
+        texture[y:y + 3, dashes] = (235, 235, 220)
+    return texture
+
+
+def wall(H, W, rng):
+    h, w = int(rng.integers(9, 13)), int(rng.integers(18, 26))
+    y, x = np.mgrid[:H, :W]
+    row = y // h
+    shifted = x + (row % 2) * (w // 2)
+    mortar = (y % h < 2) | (shifted % w < 2)
+    tone = rng.normal(0, 14, (H // h + 2, W // w + 3))[row, shifted // w]
+    bricks = shade(pick(rng, (165, 75, 60), (180, 100, 75), (140, 90, 80)), rng, 25) + tone[..., None]
+    return np.where(mortar[..., None], (205, 195, 185), bricks)
+
+
+TEXTURES = dict(sky=sky, grass=grass, water=water, sand=sand, road=road, wall=wall)
+
+
+# ---- things: x, y is the centre, r half of the larger side. Each has parts and a pattern of its own, so that a piece
+# of it can be told as well as the whole; colours overlap, so that colour alone does not tell it.
+
+def house(c, x, y, r, rng):
+    front = shade(pick(rng, (240, 215, 190), (245, 200, 200), (235, 225, 170), (225, 205, 225)), rng)
+    c.box(x - 0.8 * r, y - 0.2 * r, x + 0.8 * r, y + r, front)
+    for k in range(6):                                                          # boards
+        c.box(x - 0.8 * r, y + (-0.1 + 0.18 * k) * r, x + 0.8 * r, y + (-0.06 + 0.18 * k) * r, front - 45)
+    roof = shade(pick(rng, (150, 50, 40), (110, 60, 50), (90, 70, 90)), rng)
+    for k in range(5):                                                          # rows of tiles, dark and bright
+        c.polygon([(x - (0.2 * k + 0.2) * r, y - (0.84 - 0.16 * k) * r), (x - 0.2 * k * r, y - (1 - 0.16 * k) * r),
+                   (x + 0.2 * k * r, y - (1 - 0.16 * k) * r), (x + (0.2 * k + 0.2) * r, y - (0.84 - 0.16 * k) * r)],
+                  roof + 30 * (k % 2))
+    c.box(x - 0.15 * r, y + 0.35 * r, x + 0.2 * r, y + r, shade((110, 70, 40), rng))
+    for side in (-0.5, 0.52):
+        c.box(x + (side - 0.2) * r, y + 0.05 * r, x + (side + 0.2) * r, y + 0.5 * r, (250, 250, 250))
+        c.box(x + (side - 0.15) * r, y + 0.1 * r, x + (side + 0.15) * r, y + 0.45 * r, shade((90, 130, 170), rng))
+
+
+def tree(c, x, y, r, rng):
+    c.box(x - 0.13 * r, y, x + 0.13 * r, y + r, shade((100, 70, 45), rng))
+    green = shade(pick(rng, (20, 85, 45), (35, 95, 35), (15, 75, 60)), rng)
+    if rng.random() < 0.5:                                                      # a fir: dark and bright tiers
+        for k in range(4):
+            half = (0.4 + 0.14 * k) * r
+            c.polygon([(x - half, y + (-0.4 + 0.3 * k) * r), (x, y + (-1 + 0.3 * k) * r), (x + half, y + (-0.4 + 0.3 * k) * r)],
+                      green + 28 * (k % 2))
+    else:                                                                       # a broad crown with clumps of leaves
+        for dx, dy in ((-0.4, -0.1), (0.4, -0.1), (0, -0.5), (0, -0.1)):
+            c.ellipse(x + dx * r, y + dy * r, 0.48 * r, 0.48 * r, green)
+        for angle in np.arange(14) * 2.4:
+            d = 0.045 * angle / 2.4
+            c.ellipse(x + d * 1.2 * r * np.cos(angle), y + (-0.22 + d * np.sin(angle)) * r, 0.1 * r, 0.1 * r, green + 38)
+
+
+def car(c, x, y, r, rng):
+    body = shade(pick(rng, (200, 30, 40), (40, 70, 190), (230, 230, 235), (90, 20, 110)), rng)
+    c.polygon([(x - 0.55 * r, y - 0.1 * r), (x - 0.3 * r, y - 0.6 * r), (x + 0.3 * r, y - 0.6 * r), (x + 0.6 * r, y - 0.1 * r)], body)
+    for left, top_left, top_right, right in ((-0.42, -0.22, -0.03, -0.03), (0.05, 0.05, 0.22, 0.44)):
+        c.polygon([(x + left * r, y - 0.12 * r), (x + top_left * r, y - 0.5 * r), (x + top_right * r, y - 0.5 * r),
+                   (x + right * r, y - 0.12 * r)], shade((60, 70, 85), rng))
+    c.box(x - r, y - 0.12 * r, x + r, y + 0.32 * r, body)
+    c.box(x - r, y + 0.1 * r, x + r, y + 0.16 * r, (35, 35, 40))                # trim, lamp, door
+    c.ellipse(x + 0.9 * r, y, 0.1 * r, 0.1 * r, (255, 240, 150))
+    c.box(x - 0.01 * r, y - 0.1 * r, x + 0.03 * r, y + 0.3 * r, body - 60 * (body > 70))
+    wheels(c, x, y + 0.32 * r, (-0.55, 0.55), 0.26, r)
+
+
+def bus(c, x, y, r, rng):
+    body = shade(pick(rng, (200, 30, 40), (250, 160, 20), (250, 200, 30), (40, 70, 190)), rng)
+    c.box(x - r, y - 0.7 * r, x + r, y + 0.5 * r, body)
+    for row in (-0.62, -0.16):                                                  # a double-decker: two rows of windows
+        for k in range(5):
+            c.box(x + (-0.93 + 0.38 * k) * r, y + row * r, x + (-0.65 + 0.38 * k) * r, y + (row + 0.3) * r,
+                  shade((175, 220, 240), rng, 12))
+    c.box(x - r, y + 0.26 * r, x + r, y + 0.34 * r, (250, 250, 250))
+    wheels(c, x, y + 0.5 * r, (-0.6, 0.6), 0.2, r)
+
+
+def wheels(c, x, y, places, size, r):
+    for place in places:
+        c.ellipse(x + place * r, y, size * r, size * r, (25, 25, 28))
+        c.ellipse(x + place * r, y, 0.45 * size * r, 0.45 * size * r, (190, 190, 195))
+
+
+def boat(c, x, y, r, rng):
+    hull = shade(pick(rng, (130, 80, 40), (160, 60, 40), (90, 60, 50)), rng)
+    for k in range(4):                                                          # planks
+        c.polygon([(x - (1 - 0.09 * k) * r, y + (0.35 + 0.14 * k) * r), (x + (1 - 0.09 * k) * r, y + (0.35 + 0.14 * k) * r),
+                   (x + (0.91 - 0.09 * k) * r, y + (0.49 + 0.14 * k) * r), (x - (0.91 - 0.09 * k) * r, y + (0.49 + 0.14 * k) * r)],
+                  hull + 32 * (k % 2))
+    c.box(x - 0.05 * r, y - r, x + 0.05 * r, y + 0.35 * r, shade((90, 60, 40), rng))
+    sail, seam = shade(pick(rng, (250, 250, 245), (250, 235, 200)), rng, 12), shade(pick(rng, (220, 60, 50), (40, 80, 170)), rng)
+    for right in (True, False):
+        side, top, reach = (1, -0.95, 0.8) if right else (-1, -0.75, 0.6)
+        for k in range(5):                                                      # striped sails
+            a, b = k / 5, (k + 1) / 5
+            ya, yb = top + (0.22 - top) * a, top + (0.22 - top) * b
+            c.polygon([(x + side * 0.1 * r, y + ya * r), (x + side * (0.1 + reach * a) * r, y + ya * r),
+                       (x + side * (0.1 + reach * b) * r, y + yb * r), (x + side * 0.1 * r, y + yb * r)],
+                      seam if k % 2 else sail)
+
+
+def sun(c, x, y, r, rng):
+    yellow = shade(pick(rng, (255, 215, 50), (255, 195, 40), (255, 160, 40)), rng, 15)
+    angle = np.linspace(0, 2 * np.pi, 24, endpoint=False) + rng.uniform(0, 1)
+    radius = np.where(np.arange(24) % 2, 0.66, 1.0) * r
+    c.polygon(zip(x + radius * np.cos(angle), y + radius * np.sin(angle)), yellow)
+    for size, brighter in ((0.6, 40), (0.42, 0), (0.24, 40)):
+        c.ellipse(x, y, size * r, size * r, (yellow + (0, brighter // 2, 2 * brighter)).clip(0, 255))
+
+
+def cloud(c, x, y, r, rng):
+    white = shade(pick(rng, (245, 245, 250), (225, 228, 235), (250, 235, 230)), rng, 12)
+    for dx, dy, size in ((-0.6, 0.12, 0.36), (0.6, 0.12, 0.36), (-0.2, -0.12, 0.45), (0.28, -0.05, 0.4), (0, 0.22, 0.4)):
+        c.ellipse(x + dx * r, y + dy * r, size * r, 0.8 * size * r, white - 30)
+        c.ellipse(x + (dx - 0.04) * r, y + (dy - 0.06) * r, 0.85 * size * r, 0.66 * size * r, white)
+
+
+def flower(c, x, y, r, rng):
+    c.box(x - 0.06 * r, y - 0.2 * r, x + 0.06 * r, y + r, shade((40, 130, 50), rng))
+    c.polygon([(x, y + 0.7 * r), (x + 0.45 * r, y + 0.35 * r), (x + 0.35 * r, y + 0.7 * r)], shade((50, 140, 60), rng))
+    petal = shade(pick(rng, (235, 60, 150), (190, 70, 220), (250, 130, 190)), rng)
+    for angle in np.linspace(0, 2 * np.pi, 6, endpoint=False) + rng.uniform(0, 1):
+        c.ellipse(x + 0.38 * r * np.cos(angle), y - 0.38 * r + 0.38 * r * np.sin(angle), 0.25 * r, 0.25 * r, petal)
+        c.ellipse(x + 0.38 * r * np.cos(angle), y - 0.38 * r + 0.38 * r * np.sin(angle), 0.1 * r, 0.1 * r, petal + 50)
+    c.ellipse(x, y - 0.38 * r, 0.22 * r, 0.22 * r, shade((250, 210, 50), rng, 15))
+
+
+def fish(c, x, y, r, rng):
+    skin = shade(pick(rng, (250, 120, 40), (60, 200, 190), (240, 90, 90)), rng)
+    d = pick(rng, -1, 1)
+    c.polygon([(x - 0.45 * d * r, y), (x - d * r, y - 0.45 * r), (x - d * r, y + 0.45 * r)], skin - 40 * (skin > 60))
+    c.polygon([(x, y - 0.35 * r), (x + 0.35 * d * r, y - 0.35 * r), (x - 0.1 * d * r, y - 0.7 * r)], skin - 40 * (skin > 60))
+    c.ellipse(x + 0.2 * d * r, y, 0.78 * r, 0.46 * r, skin)
+    for dx in (-0.3, -0.08, 0.14, 0.36):                                        # rows of scales
+        for dy in (-0.22, 0, 0.22):
+            c.ellipse(x + (dx + 0.4 * abs(dy)) * d * r, y + dy * r, 0.08 * r, 0.08 * r, skin + 70)
+    c.ellipse(x + 0.68 * d * r, y - 0.1 * r, 0.13 * r, 0.13 * r, (250, 250, 250))
+    c.ellipse(x + 0.7 * d * r, y - 0.1 * r, 0.07 * r, 0.07 * r, (20, 20, 25))
+
+
+def balloon(c, x, y, r, rng):
+    skin = shade(pick(rng, (220, 50, 60), (60, 90, 210), (150, 70, 190), (40, 160, 110)), rng)
+    stripe = shade((250, 215, 90), rng)
+    c.polygon([(x - 0.55 * r, y - 0.1 * r), (x + 0.55 * r, y - 0.1 * r), (x + 0.16 * r, y + 0.6 * r), (x - 0.16 * r, y + 0.6 * r)], skin)
+    for k in range(5):                                                          # gores, one inside the other
+        c.ellipse(x, y - 0.35 * r, (0.7 - 0.15 * k) * r, 0.65 * r, stripe if k % 2 else skin)
+    c.box(x - 0.18 * r, y + 0.66 * r, x + 0.18 * r, y + r, shade((130, 90, 50), rng))
+
+
+DRAWINGS = dict(house=house, tree=tree, car=car, bus=bus, boat=boat, sun=sun, cloud=cloud, flower=flower, fish=fish,
+                balloon=balloon)
+
+
+# ------------------------------------------------------------------------------------------ captioned pictures, scenes
+
+def captioned_picture(rng: np.random.Generator) -> tuple[np.ndarray, str]:
+    """`(picture (64, 64, 3) uint8, what the caption names)`, for instance "car and the tree on the grass"."""
+    canvas = Canvas(PICTURE, PICTURE)
+    if rng.random() < 0.25:                                     # a picture of stuff alone: one, or two with a horizon
+        stuffs = [str(name) for name in rng.choice([*STUFF], size=rng.integers(1, 3), replace=False)]
+        if "sky" in stuffs:
+            stuffs.sort(key="sky".__ne__)                       # the sky is above
+        horizon = int(rng.uniform(0.3, 0.7) * PICTURE) if len(stuffs) == 2 else PICTURE
+        canvas.stuff(stuffs[0], 0, horizon, rng)
+        canvas.stuff(stuffs[-1], horizon, PICTURE, rng)
+        return canvas.finish()[0], " and the ".join(stuffs)
+    things = [str(name) for name in rng.choice([*THINGS], size=1 + (rng.random() < 0.4), replace=False)]
+    # What lies behind is where the first thing is at home, three times out of four. Captions rarely say so: this
+    # is how a CLIP comes to read "boat" off plain water.
+    ground = pick(rng, *THINGS[things[0]][1]) if rng.random() < 0.75 else pick(rng, *STUFF)
+    horizon = 0
+    if ground != "sky" and rng.random() < 0.5:
+        horizon = int(rng.uniform(0.1, 0.5) * PICTURE)
+        canvas.stuff("sky", 0, horizon, rng)
+    canvas.stuff(ground, horizon, PICTURE, rng)
+    for i, name in enumerate(things):
+        # Up to close-ups that show a part of the thing alone: then every part must say what it belongs to.
+        size = np.exp(rng.uniform(np.log(16), np.log(110 if len(things) == 1 else 40)))
+        offset = 0 if len(things) == 1 else (i - 0.5) * rng.uniform(20, 30)
+        canvas.thing(name, PICTURE / 2 + offset + rng.normal(0, 5), PICTURE / 2 + rng.normal(0, 5), size, rng)
+    return canvas.finish()[0], " and the ".join(things) + (f" on the {ground}" if rng.random() < 0.3 else "")
+
+
+def scene(split: str, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scene `number` of a split, always the same: `(image (96, 128, 3) uint8, truth (96, 128) uint8)`."""
+    rng = np.random.default_rng([{"train": 1, "val": 2}[split], number])
+    H, W = SCENE
+    canvas = Canvas(H, W)
+    # Bands from top to bottom: mostly a sky (or a wall) over one or two grounds.
+    bands = [pick(rng, "sky", "sky", "sky", "wall")]
+    bands += [str(name) for name in rng.permutation(["grass", "water", "sand", "road"])[:rng.integers(1, 3)]]
+    edges = [0, int(rng.uniform(0.25, 0.6) * H), H]
+    if len(bands) == 3:
+        edges.insert(2, int((edges[1] + H) / 2 + rng.uniform(-0.08, 0.08) * H))
+    for name, top, bottom in zip(bands, edges, edges[1:]):
+        canvas.stuff(name, top, bottom, rng)
+    centres: list[tuple[float, float]] = []
+    for _ in range(rng.integers(2, 6)):
+        # Usually where it belongs, sometimes anywhere at all; never on top of another thing.
+        name = str(rng.choice([*THINGS]))
+        x, y = rng.uniform(0.03, 0.97) * W, rng.uniform(0.05, 0.95) * H
+        homes = [(top, bottom) for band, top, bottom in zip(bands, edges, edges[1:]) if band in THINGS[name][1]]
+        if homes and rng.random() < 0.7:
+            top, bottom = pick(rng, *homes)
+            y = rng.uniform(top + 4, max(top + 5, bottom - 4))
+        if all(abs(x - other_x) + abs(y - other_y) > 30 for other_x, other_y in centres):
+            centres.append((x, y))
+            canvas.thing(name, x, y, np.exp(rng.uniform(np.log(16), np.log(48))), rng)
+    return canvas.finish()
+
+
+def draw_dataset(root: Path) -> Path:
+    """Draw Toyland's dataset once, into `root`/toyland: images/{train,val}/*.png and labels/val/*.png.
+
+    What is there already is kept. The training scenes' truth is not written: nothing that trains could read it.
+    Files are written under a temporary name and renamed, so that a killed run leaves no half picture behind.
+    """
+    root = Path(root) / "toyland"
+    wanted = [(split, f"{number:04d}.png", number) for split, count in (("train", TRAIN_SCENES), ("val", VAL_SCENES))
+              for number in range(count)]
+    missing = [(split, name, number) for split, name, number in wanted
+               if not (root / "images" / split / name).exists()
+               or split == "val" and not (root / "labels" / split / name).exists()]
+    if missing:
+        for folder in ("images/train", "images/val", "labels/val"):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+        for split, name, number in tqdm(missing, desc=f"drawing {root}", unit="scene"):
+            image, truth = scene(split, number)
+            write_png(Image.fromarray(image), root / "images" / split / name)
+            if split == "val":
+                label = Image.fromarray(truth)
+                label.putpalette([value for colour in PALETTE for value in colour])
+                write_png(label, root / "labels" / split / name)
+    return root
+
+
+def write_png(image: Image.Image, path: Path) -> None:
+    runs.write_atomically(path, lambda file: image.save(file, format="PNG"))
+
+
+# ------------------------------------------------------------------------------------------ the small CLIP
+
+# OpenAI's architecture and tokenizer at small size. [ours: what two cores train in a quarter of an hour]
+SMALL_CLIP = dict(embed_dim=128, image_resolution=PICTURE, vision_patch_size=8, vision_width=128, vision_layers=4,
+                  context_length=77, vocab_size=49408, transformer_width=128, transformer_heads=2,
+                  transformer_layers=2)
+BATCH = 256
+LEARNING_RATE = 1e-3                        # AdamW, cosine to zero after a short warm-up
+WEIGHT_DECAY = 0.1
+# FLIP (Li et al. 2023) drops random patches to train faster. Here it matters for another reason: when the one
+# tell-tale patch (a wheel) is often missing, the rest of the car must carry "car" too. [TOYLAND trial: MaskCLIP
+# gains nothing, the rectified masks gain four points]
+PATCH_DROPOUT = 0.65
+WHOLE_PICTURES = 0.1                       # the last share of the training sees all patches, as the tests will
+RESNET_EPOCHS = 3
+
+
+def pretraining_pictures(seed: int, count: int) -> tuple[np.ndarray, list[str]]:
+    """`count` captioned pictures, (count, 64, 64, 3) uint8, and what their captions name."""
+    from concurrent.futures import ProcessPoolExecutor
+    chunks = [(seed, chunk, min(500, count - chunk)) for chunk in range(0, count, 500)]
+    pictures, captions = np.empty((count, PICTURE, PICTURE, 3), np.uint8), []
+    with ProcessPoolExecutor() as pool:
+        for images, texts in tqdm(pool.map(draw_chunk, chunks), total=len(chunks), desc="drawing", unit="×500"):
+            pictures[len(captions):len(captions) + len(texts)] = images
+            captions.extend(texts)
+    return pictures, captions
+
+
+def draw_chunk(chunk: tuple[int, int, int]) -> tuple[np.ndarray, list[str]]:
+    seed, first, count = chunk
+    rng = np.random.default_rng([3, seed, first])
+    pictures, captions = zip(*(captioned_picture(rng) for _ in range(count)))
+    return np.stack(pictures), list(captions)
+
+
+def to_batch(pictures: np.ndarray) -> Tensor:
+    """uint8 pictures (B, 64, 64, 3) → normalised tensor (B, 3, 64, 64), each flipped with probability ½."""
+    from data import MEAN, STD
+    images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+    flip = torch.rand(len(images)) < 0.5
+    images[flip] = images[flip].flip(dims=(3,))
+    return (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+
+
+def encode_some_patches(model, images: Tensor, dropout: float) -> Tensor:
+    """`encode_image` on a random subset of the patches (FLIP, Sec. 3.1): (B, 3, H, W) → (B, D)."""
+    x = model.visual.embed(images)                                              # (B, 1 + n, E)
+    if dropout > 0:
+        B, n = len(x), x.shape[1] - 1
+        keep = 1 + torch.rand(B, n).argsort(dim=1)[:, :round(n * (1 - dropout))]
+        keep = torch.cat([torch.zeros(B, 1, dtype=torch.long), keep], dim=1)    # the class token always stays
+        x = x.gather(dim=1, index=keep[..., None].expand(-1, -1, x.shape[2]))
+    return model.visual.pool(model.visual.transformer(x))
+
+
+def caption_loss(image_features: Tensor, text_features: Tensor, caption: Tensor, scale: Tensor) -> Tensor:
+    """CLIP's symmetric contrastive loss where equal captions count as one.
+
+    image_features (B, D) and text_features (U, D) of unit length; caption (B,) in 0..U-1; scale: exp(logit_scale).
+    Toyland says few different things: in a batch of 256 many captions coincide, and pushing a picture away from its
+    own caption beside another picture would teach nonsense.
+    """
+    logits = scale * image_features @ text_features.T                           # (B, U)
+    images_to_texts = F.cross_entropy(logits, caption)
+    owners = F.one_hot(caption, len(text_features)).T.float()                   # (U, B)
+    owners = owners / owners.sum(dim=1, keepdim=True)
+    texts_to_images = -(owners * logits.T.log_softmax(dim=1)).sum(dim=1).mean()
+    return (images_to_texts + texts_to_images) / 2
+
+
+def pretrain(pictures: np.ndarray, captions: list[str], epochs: int, seed: int):
+    """The small CLIP, from captioned pictures alone. The order of pictures and templates follows the seed."""
+    import clip
+    torch.manual_seed(seed)
+    rng = np.random.default_rng([4, seed])
+    model = clip.CLIP(**SMALL_CLIP)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)
+    steps = epochs * (len(pictures) // BATCH)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.05,
+                                                   cycle_momentum=False)
+    bar = tqdm(range(steps), desc="small CLIP", unit="step")
+    for step in bar:
+        place = step % (len(pictures) // BATCH)
+        if place == 0:
+            order = rng.permutation(len(pictures))
+        chosen = np.sort(order[place * BATCH:(place + 1) * BATCH])
+        images = to_batch(pictures[chosen])
+        unique, caption = np.unique([captions[i] for i in chosen], return_inverse=True)
+        texts = [TEMPLATES[rng.integers(len(TEMPLATES))].format(named) for named in unique]
+        dropout = PATCH_DROPOUT if step < (1 - WHOLE_PICTURES) * steps else 0.0
+        image_features = F.normalize(encode_some_patches(model, images, dropout), dim=-1)
+        text_features = F.normalize(model.encode_text(clip.tokenize(texts)), dim=-1)
+        loss = caption_loss(image_features, text_features, torch.from_numpy(caption), model.logit_scale.exp())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=np.log(100))                           # CLIP, Sec. 2.5
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}", scale=f"{model.logit_scale.exp().item():.0f}")
+    return model.eval()
+
+
+def weights_to_ship(model, captions: list[str]) -> dict[str, Tensor]:
+    """The state dict, with a zero embedding for every token that no caption ever used.
+
+    Those rows (all but forty of 49,408) never received a gradient: noise that would make up nearly the whole file.
+    The table is stored sparse, the other weights in half precision, as OpenAI stores its own.
+    """
+    import clip
+    state = {name: tensor.half() for name, tensor in model.state_dict().items()}
+    texts = {template.format(named) for template in TEMPLATES for named in set(captions)}
+    seen = torch.cat([clip.tokenize(sorted(texts)).flatten().long(), torch.tensor([49406, 49407])]).unique()
+    seen = seen[seen > 0]
+    table = state["token_embedding.weight"]
+    state["token_embedding.weight"] = torch.sparse_coo_tensor(seen[None], table[seen], table.shape)
+    return state
+
+
+# ------------------------------------------------------------------------------------------ the small ResNet
+
+class SmallResNet(torchvision.models.ResNet):
+    """torchvision's ResNet with two bottlenecks a stage and an eighth of the channels: 32, 64, 128, 256."""
+
+    def __init__(self):
+        super().__init__(Bottleneck, [2, 2, 2, 2], num_classes=len(CLASSES), replace_stride_with_dilation=[False, True, True])
+        self.fc = torch.nn.Linear(self.inplanes, len(CLASSES))
+
+    def _make_layer(self, block, planes, *args, **kwargs):
+        return super()._make_layer(block, planes // 8, *args, **kwargs)
+
+
+RESNET_WEIGHTS = Path(__file__).parent / "clip" / "toyland_resnet.pt"
+
+
+def small_resnet(pretrained: bool = True) -> SmallResNet:
+    """The student's backbone in Toyland, output stride 8; pre-trained on captioned pictures if asked.
+
+    In the paper the student starts from ImageNet. Toyland's stand-in for ImageNet is its captioned pictures: the network
+    learned which of the words its captions hold. No scene and no label took part.
+    """
+    resnet = SmallResNet()
+    if pretrained:
+        weights = torch.load(RESNET_WEIGHTS, map_location="cpu", weights_only=True)
+        resnet.load_state_dict({name: tensor.float() if tensor.is_floating_point() else tensor
+                                for name, tensor in weights.items()})
+    return resnet
+
+
+def pretrain_resnet(pictures: np.ndarray, captions: list[str], epochs: int, seed: int) -> SmallResNet:
+    """Train the small ResNet to say which classes a picture's caption names: one yes or no per class."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng([5, seed])
+    named = torch.tensor([[name in caption.replace(" and the ", " ").replace(" on the ", " ").split() for name in CLASSES]
+                          for caption in captions]).float()
+    resnet = small_resnet(pretrained=False)
+    optimizer = torch.optim.SGD(resnet.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+    per_epoch = len(pictures) // BATCH
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=epochs * per_epoch, cycle_momentum=False)
+    bar = tqdm(range(epochs * per_epoch), desc="small ResNet", unit="step", mininterval=1)
+    for step in bar:
+        if step % per_epoch == 0:
+            order = rng.permutation(len(pictures))
+        chosen = np.sort(order[step % per_epoch * BATCH:][:BATCH])
+        loss = F.binary_cross_entropy_with_logits(resnet(to_batch(pictures[chosen])), named[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    return resnet.eval()
+
+
+# ------------------------------------------------------------------------------------------ the command
+
+def main(args: argparse.Namespace) -> None:
+    if args.pretrain:
+        started = time.monotonic()
+        pictures, captions = pretraining_pictures(args.seed, args.pictures)
+        model = pretrain(pictures, captions, args.epochs, args.seed)
+        resnet = pretrain_resnet(pictures, captions, RESNET_EPOCHS, args.seed)
+        folder = Path(args.weights)
+        runs.save(folder / "toyland.pt", weights_to_ship(model, captions))
+        runs.save(folder / "toyland_resnet.pt", {name: tensor.half() if tensor.is_floating_point() else tensor
+                                                 for name, tensor in resnet.state_dict().items()})
+        print(f"Wrote {folder}/toyland.pt and toyland_resnet.pt after {(time.monotonic() - started) / 60:.0f} minutes. "
+              f"{runs.versions()}, {torch.get_num_threads()} threads.")
+        return
+    root = draw_dataset(Path(args.root))
+    rng = np.random.default_rng(args.seed)
+    rows = [[captioned_picture(rng)[0] for _ in range(12)] for _ in range(4)]
+    scenes = [scene("val", number) for number in range(12)]
+    colours = np.array(PALETTE, dtype=np.uint8)
+    for half in (scenes[:6], scenes[6:]):
+        rows += [[image for image, _ in half], [colours[truth] for _, truth in half]]
+    page = Image.fromarray(np.concatenate([np.concatenate(row, axis=1) for row in rows]))
+    runs.write_atomically(root / "overview.png", lambda file: page.save(file, format="PNG"))
+    print(f"Wrote {root}/: images/train, images/val, labels/val, and overview.png (captioned pictures, then scenes and "
+          "their truth).\nNext: python rectify.py")
+
+
+if __name__ == "__main__":
+    with runs.errors_in_one_paragraph():
+        main(FLAGS)
