@@ -11,6 +11,7 @@ A dataset is known by name (`toyland`, `voc`) or is a folder of your own images 
 from __future__ import annotations
 
 import contextlib
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,11 +123,11 @@ def parse_classes(lines: list[str], source: str) -> tuple[tuple[str, ...], ...]:
     seen: dict[str, int] = {}
     for number, names in enumerate(synonyms, start=1):
         if not names:
-            raise ValueError(f"{source}: class {number} has no name, only commas. Name it or remove the line.")
+            raise ValueError(f"{source}: expected a name for class {number}, found only commas. Name it or remove the line.")
         for name in names:
             if name.lower() in seen:
-                raise ValueError(f"{source}: the name {name!r} stands at class {seen[name.lower()]} and at class {number}. "
-                                 "Every name may stand once.")
+                raise ValueError(f"{source}: expected every name once, found {name!r} at class {seen[name.lower()]} and at "
+                                 f"class {number}. Remove one of them.")
             seen[name.lower()] = number
     check_lengths(synonyms, source)
     return synonyms
@@ -140,10 +141,10 @@ def check_lengths(synonyms: tuple[tuple[str, ...], ...], source: str) -> None:
     for names in synonyms:
         for name in names:
             if len(clip.encode(name)) > room:
-                raise ValueError(f"{source}: a class name should have at most {room} tokens, so that it fits into CLIP's 77 "
-                                 f"with a sentence around it; found {len(clip.encode(name))} in {name[:80]!r}. Shorten it.")
+                raise ValueError(f"{source}: expected class names of at most {room} tokens, which fit into CLIP's 77 "
+                                 f"with a sentence around them; found {len(clip.encode(name))} in {name[:80]!r}. Shorten it.")
             if not clip.encode(name):
-                raise ValueError(f"{source}: the name {name!r} has no readable character.")
+                raise ValueError(f"{source}: expected names that can be read, found {name!r} without a readable character.")
 
 
 def distinct_colours(count: int) -> list[tuple[int, int, int]]:
@@ -200,7 +201,13 @@ def true_label_files(data: str, root: str, ids: list[str], labels: str | None = 
 
 
 def lookup_table(data: str, classes: int) -> np.ndarray:
-    """For evaluation alone: value in a label file → class, (256,) int16. 255: ignored; −1: may not occur."""
+    """For evaluation alone: value in a label file → class, (256,) int16. 255: ignored; −1: may not occur.
+
+    Raises ValueError when a known dataset's labels are to be read with another number of classes than its own.
+    """
+    if not labels_fit(data, classes):
+        raise ValueError(f"the labels of {data} speak of its own {len(KNOWN[data][0])} classes: expected as many, in its "
+                         f"order, found {classes} in --classes. Other classes can be looked at (segment.py), not measured.")
     table = np.full(256, -1, dtype=np.int16)
     if data == "voc":                                   # 0 background and 255 border are ignored, 1..20 → 0..19
         table[1:21] = np.arange(20)
@@ -209,6 +216,11 @@ def lookup_table(data: str, classes: int) -> np.ndarray:
         table[:classes] = np.arange(classes)
     table[IGNORE] = IGNORE
     return table
+
+
+def labels_fit(data: str, classes: int) -> bool:
+    """Whether a dataset's labels can be read with so many classes: a known one's speak of its own classes alone."""
+    return data not in KNOWN or classes == len(KNOWN[data][0])
 
 
 VOC_TREE = "VOCdevkit/VOC2012/{JPEGImages,SegmentationClass,ImageSets/Segmentation/{train,val}.txt}"
@@ -237,8 +249,8 @@ def listed(base: Path, list_name: str, folder: Path, suffix: str) -> dict[str, P
     found = {name: folder / (name + suffix) for name in ids}
     missing = [path for path in found.values() if not path.is_file()]
     if missing:
-        raise FileNotFoundError(f"{path} names {len(ids)} images, but {len(missing)} of them are missing; the first is "
-                                f"{missing[0]}. Unpack the archive again or mend the list.")
+        raise FileNotFoundError(f"{path} names {len(ids)} images: expected all of them in {folder}, found {len(missing)} "
+                                f"missing; the first is {missing[0]}. Unpack the archive again or mend the list.")
     return found
 
 
@@ -253,8 +265,8 @@ def images_in(folder: Path) -> dict[str, Path]:
     for path in paths:
         name = path.relative_to(folder).with_suffix("").as_posix()
         if name in found:
-            raise ValueError(f"--data {folder}: {found[name].name} and {path.name} differ only in their suffix; results are "
-                             "kept by name. Rename one.")
+            raise ValueError(f"--data {folder}: expected every name once, since results are kept by name; found "
+                             f"{found[name].name} and {path.name}, which differ only in their suffix. Rename one.")
         found[name] = path
     return found
 
@@ -265,7 +277,10 @@ def read_image(path: Path) -> Image.Image:
     """An image as RGB, turned upright if the camera says so. Raises ValueError naming a file that cannot be read."""
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I"):            # 16-bit grey: Pillow's own conversion makes all above 255 white
+                upright = Image.fromarray((np.asarray(upright).clip(0, 65535) / 257).round().astype(np.uint8))
+            return upright.convert("RGB")
     except FileNotFoundError:
         raise
     except Exception as error:                          # Pillow raises nearly anything for a broken file
@@ -369,8 +384,13 @@ def training_batches(images: dict[str, Path], transform: v2.Transform, *, batch_
     """
     dataset = TrainingImages(images, transform, seed)
     batches = Batches(len(dataset), batch_size, first_step, steps, seed)
-    return torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers,
+    return torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers, worker_init_fn=ignore_ctrl_c,
                                        pin_memory=torch.cuda.is_available(), persistent_workers=False)
+
+
+def ignore_ctrl_c(_worker: int) -> None:
+    """Ctrl-C reaches every process of a run. A worker that died of it would keep the step from ending and being saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def steps_per_epoch(images: int, batch_size: int) -> int:

@@ -140,6 +140,7 @@ class Inherited(nn.Module):
         self.register_buffer("reference", reference)                            # W_r (C, D)
         self.register_buffer("positions", positions)                            # CLIP's PE (E, grid, grid)
         self.requires_grad_(False)
+        self.eval()
 
     def train(self, mode: bool = True):
         return super().train(False)
@@ -215,17 +216,16 @@ def teach(rectifier: Rectifier, clip_model: clip.CLIP, images: Tensor, query: Te
 
 
 def train_step(student: Student, teacher_features: Tensor, teacher_logits: Tensor, images: Tensor, hypothesis: Tensor,
-               scale: float, mask_scale: float, mask_tau: float, recipe: Recipe,
-               noise: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+               teacher_recipe: rectify.Recipe, recipe: Recipe, noise: torch.Generator) -> tuple[Tensor, dict[str, float]]:
     """The loss of one batch, L = L_mask + α L_feat + β L_text, and its three parts. Sec. III-E."""
     features = student.network(images)                                                            # Ẑ (B, D, h, w)
     logits = student.inherited(features)                                                          # M^D (B, C, h, w)
     pseudo_label = at_grid(teacher_logits, logits).argmax(dim=1)                                  # (B, h, w)
     uniform = torch.rand(logits.shape, generator=noise, device=logits.device)
-    masks = rectified_masks(logits, mask_scale, mask_tau, uniform)
+    masks = rectified_masks(logits, teacher_recipe.mask_scale, teacher_recipe.mask_tau, uniform)
     of_masks = mask_loss(logits, pseudo_label)                                                    #         Eq. 8
     of_features = feature_loss(features, teacher_features)                                        #         Eq. 9
-    of_text = text_loss(features, masks, student.inherited.query, hypothesis, scale)              #         Eq. 10
+    of_text = text_loss(features, masks, student.inherited.query, hypothesis, teacher_recipe.loss_scale)   # Eq. 10
     loss = of_masks + recipe.feature_weight * of_features + recipe.text_weight * of_text
     return loss, {"mask": of_masks.item(), "feature": of_features.item(), "text": of_text.item()}
 
@@ -294,7 +294,6 @@ def main(args: argparse.Namespace) -> Path:
     batches = data.training_batches(images, transform, batch_size=recipe.batch_size, first_step=run.first_step,
                                     steps=steps, seed=args.seed, workers=world.workers)
     noise = torch.Generator(world.device)
-    scale = float(world.clip_model.logit_scale.exp())
     student.train()
     with run:
         for step, (batch, ids) in enumerate(batches, start=run.first_step):
@@ -304,8 +303,8 @@ def main(args: argparse.Namespace) -> Path:
             with runs.autocast(world.device, world.precision):
                 teacher_features, teacher_logits = teach(rectifier, world.clip_model, batch, query, reference,
                                                          teacher_recipe.dense_path)
-                loss, losses = train_step(student, teacher_features, teacher_logits, batch, hypothesis, scale,
-                                          teacher_recipe.mask_scale, teacher_recipe.mask_tau, recipe, noise)
+                loss, losses = train_step(student, teacher_features, teacher_logits, batch, hypothesis,
+                                          teacher_recipe, recipe, noise)
             run.refuse_non_finite(loss, step, ids)
             rate = max(recipe.floor_rate, poly_rate(recipe.learning_rate, step, steps, recipe.poly_power))
             for group in optimizer.param_groups:

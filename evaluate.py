@@ -73,8 +73,10 @@ def measures(confusion: Tensor, names: list[str]) -> dict:
     """What a confusion matrix says, in percent.
 
     miou: mean over the classes that occur in truth or prediction. miou_absent_zero: the others count as 0.
-    pixel_accuracy: the share of counted pixels that are right.
+    pixel_accuracy: the share of counted pixels that are right. Raises ValueError when no pixel was counted.
     """
+    if not confusion.any():
+        raise ValueError("expected labels that name a class in at least one pixel, found ignored pixels (255) alone.")
     iou = class_iou(confusion)
     percent = [None if value.isnan() else round(100 * value.item(), 2) for value in iou]
     return {"miou": round(100 * iou.nanmean().item(), 2),
@@ -180,14 +182,15 @@ def measure(world: World, query: Tensor, stages: list[str], labels: dict[str, Pa
 def after_training(world: World, stages: list[str], trained: str, query: Tensor) -> None:
     """What a training script ends with: metrics.json and preview.png of its own stage; numbers if there are labels."""
     images = data.validation_images(world.name, world.root)
-    labels = data.true_label_files(world.name, world.root, list(images))
+    labels = data.true_label_files(world.name, world.root, list(images)) \
+        if data.labels_fit(world.name, len(world.vocabulary)) else {}
     folder = world.folder(trained)
     if labels:
         metrics = measure(world, query, stages, labels)
         print_table(metrics)
         runs.write_json(folder / "metrics.json", metrics[trained])
     else:
-        print(f"No labels of {world.name} found: nothing to measure, which hindered no training.")
+        print(f"No labels of {world.name} for these classes found: nothing to measure, which hindered no training.")
     picture_sheet(world, query, stages, labels, folder / "preview.png")
     print(f"Wrote {folder}/: checkpoint.pt, recipe.json, log.jsonl, {'metrics.json, ' if labels else ''}preview.png")
 
@@ -262,7 +265,7 @@ def sheet(strips: list[list[Image.Image]], titles: list[str], vocabulary: data.V
         for row, strip in enumerate(strips):
             tile = strip[k]
             resample = Image.Resampling.BILINEAR if k == 0 else Image.Resampling.NEAREST
-            page.paste(tile.resize((round(height * tile.width / tile.height), height), resample),
+            page.paste(tile.resize((max(1, round(height * tile.width / tile.height)), height), resample),
                        (x, top + row * (height + gap)))
         x += widths[k] + gap
     for x, y, name, rgb in entries:

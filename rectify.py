@@ -57,6 +57,7 @@ class Recipe:
     vote_threshold: float = 0.07            # [paper] t of Eq. 6
     mask_scale: float = 100.0               # [code] factor on M_o before Gumbel-Softmax
     mask_tau: float = 1.0                   # [code] τ1 of Eq. 5
+    loss_scale: float = 100.0               # [code] 1/τ of Eq. 7: exp(logit_scale), which is 100 in OpenAI's CLIPs
     short_side: int = 336                   # [code] pixels
     crop: tuple[int, int] = (336, 336)      # [code] height, width
     scale: tuple[float, float] = (0.5, 2.0)   # [code] random scale of the short side
@@ -161,7 +162,7 @@ def rectified_masks(decoded: Tensor, scale: float, tau: float, uniform: Tensor) 
     gumbel = -exponential.log()
     soft = ((scale * decoded.float() + gumbel) / tau).softmax(dim=1)
     hard = torch.zeros_like(soft).scatter_(dim=1, index=soft.argmax(dim=1, keepdim=True), value=1.0)
-    return hard + soft - soft.detach()                                          # value of hard, gradient of soft
+    return hard + (soft - soft.detach())                    # value of hard (the bracket is exactly 0), gradient of soft
 
 
 # ------------------------------------------------------------------------------------------ the hypothesis
@@ -247,7 +248,7 @@ def contrastive_loss(features: Tensor, masks: Tensor, query: Tensor, hypothesis:
     """What the mask of class k covers should look like k to CLIP, and like no other class. Eq. 7, Sec. III-D.
 
     features (B, D, h, w) of unit length; masks (B, C, h, w), 1 where a patch is the class's; query (C, D) of unit length;
-    hypothesis (B, C) bool, at least one class per image; scale = exp(logit_scale) = 1/τ. Returns a scalar.
+    hypothesis (B, C) bool, at least one class per image; scale = 1/τ. Returns a scalar.
 
     Z_g = mean over all n patches of mask × feature, (B, C, D); S = Z_g W_qᵀ (B, C, C); the loss is the cross-entropy of
     row k of scale·S against k, averaged over k ∈ H, then over images.
@@ -291,8 +292,7 @@ def train_step(rectifier: Rectifier, clip_model: clip.CLIP, images: Tensor, hypo
     decoded = rectifier.decoder(features, rectified)                                              # M_o            Eq. 4
     uniform = torch.rand(decoded.shape, generator=noise, device=decoded.device)
     masks = rectified_masks(decoded, recipe.mask_scale, recipe.mask_tau, uniform)                 # M̂              Eq. 5
-    scale = float(clip_model.logit_scale.exp())
-    return contrastive_loss(features, masks, query, hypothesis, scale)                            #                Eq. 7
+    return contrastive_loss(features, masks, query, hypothesis, recipe.loss_scale)                #                Eq. 7
 
 
 def poly_rate(rate: float, step: int, horizon: int, power: float) -> float:
@@ -300,9 +300,11 @@ def poly_rate(rate: float, step: int, horizon: int, power: float) -> float:
     return rate * (1 - step / horizon) ** power
 
 
-@torch.no_grad()
 def rectified_logits(rectifier: Rectifier, features: Tensor, query: Tensor, bias: Tensor) -> Tensor:
-    """Test time: M_o of features (B, D, h, w) with a ready bias map (C, h, w) → (B, C, h, w). No noise, BN as trained."""
+    """Test time: M_o of features (B, D, h, w) with a ready bias map (C, h, w) → (B, C, h, w). No noise, BN as trained.
+
+    Not under no_grad: stage 2 trains its student's features through this very function.
+    """
     return rectifier.decoder(features, subtract_bias(query_logits(features, query), bias))
 
 
@@ -366,7 +368,9 @@ def recipe_for(world: World, args: argparse.Namespace, recipes: dict):
     """The dataset's recipe, with `--epochs` and `--batch-size` put in. A horizon never ends before the epochs do."""
     recipe = recipes.get(world.name, recipes["folder"] if runs.is_folder(world.name) else None)
     if hasattr(args, "epochs"):
-        recipe = replace(recipe, epochs=args.epochs, horizon=max(recipe.horizon, args.epochs))
+        recipe = replace(recipe, epochs=args.epochs)
+        if hasattr(recipe, "horizon"):                              # stage 2 trains to the end of its schedule
+            recipe = replace(recipe, horizon=max(recipe.horizon, args.epochs))
     if hasattr(args, "batch_size"):
         recipe = replace(recipe, batch_size=args.batch_size)
     return recipe
@@ -375,9 +379,15 @@ def recipe_for(world: World, args: argparse.Namespace, recipes: dict):
 def recipe_of(world: World) -> Recipe:
     """The recipe of the world's rectification; where none was trained, the dataset's."""
     path = world.folder("rectify") / "checkpoint.pt"
-    if path.exists():
-        return load_rectifier(world, runs.load(path, "rectify"))[0]
+    if path.exists():                               # the numbers alone: the weights may be for other classes
+        return saved_recipe(runs.load(path, "rectify"))
     return RECIPES.get(world.name, RECIPES["folder"])
+
+
+def saved_recipe(checkpoint: dict) -> Recipe:
+    """The recipe that a stage-1 checkpoint was trained with."""
+    saved = checkpoint["settings"]["recipe"]
+    return Recipe(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
 
 
 def find_checkpoint(args: argparse.Namespace, stage: str) -> dict | None:
@@ -410,8 +420,7 @@ def cached_votes(world: World, query: Tensor, images: dict[str, Path], recipe: R
 
 def load_rectifier(world: World, checkpoint: dict) -> tuple[Recipe, Rectifier]:
     """Recipe and trained weights of a stage-1 checkpoint; the rectifier is frozen and in eval mode."""
-    saved = checkpoint["settings"]["recipe"]
-    recipe = Recipe(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
+    recipe = saved_recipe(checkpoint)
     rectifier = Rectifier(world.clip_model, len(world.vocabulary), recipe.prompt_length).to(world.device)
     rectifier.load_state_dict(checkpoint["weights"])
     return recipe, rectifier.eval().requires_grad_(False)

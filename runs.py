@@ -62,10 +62,9 @@ def common_flags(description: str, training: bool = True) -> argparse.ArgumentPa
 
 
 def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, found {text}")
-    return number
+    return int(text)
 
 
 def device_of(args: argparse.Namespace):
@@ -74,9 +73,9 @@ def device_of(args: argparse.Namespace):
     name = getattr(args, "device", None) or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0]
+        reason = str(error).split("\n")[0][:200]
         raise ValueError(f"--device {name}: expected a device of this machine, found none by that name ({reason}). "
                          "Try --device cpu.") from error
     return device
@@ -103,9 +102,11 @@ def errors_in_one_paragraph():
         yield
     except (ValueError, OSError) as error:
         text = str(error) or type(error).__name__
+        if "Original Traceback" in text:        # from a worker process: torch puts the traceback before the message
+            text = text.strip().rpartition(f"{type(error).__name__}: ")[2]
         if isinstance(error, OSError) and error.errno:
-            text = f"{error.strerror}: {error.filename or 'while writing results'}. Check the path, its permissions " \
-                   "and the free space; what was saved before is untouched."
+            text = f"expected to use {error.filename or 'the run folder'}, found: {error.strerror}. Check the path, its " \
+                   "permissions and the free space; what was saved before is untouched."
         print(f"\nerror: {text}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
@@ -131,7 +132,7 @@ def newest(out: str | Path, stage: str) -> Path | None:
     return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
-def write_atomically(path: Path, write) -> None:
+def write_atomically(path: Path, write, flush: bool = True) -> None:
     """Call `write(file)` on a temporary file beside `path`, flush it to the disk, then give it the name.
 
     Whenever a run is killed there is either the old file or the new one, whole.
@@ -142,7 +143,8 @@ def write_atomically(path: Path, write) -> None:
         with os.fdopen(handle, "wb") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())
+            if flush:                       # not for thousands of small files that are quickly made again
+                os.fsync(file.fileno())
         os.chmod(name, 0o644)               # mkstemp's files are for the owner alone
         os.replace(name, path)
     finally:
@@ -156,7 +158,14 @@ def write_json(path: Path, content) -> None:
 def save(path: Path, content: dict) -> None:
     """A dict of tensors, numbers and strings → a file that `torch.load(weights_only=True)` reads."""
     import torch
-    write_atomically(path, lambda file: torch.save(content, file))
+
+    def write(file) -> None:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:       # behind a full disk torch's zip writer raises an error of its own
+            raise error.__context__ if isinstance(error.__context__, OSError) else error
+
+    write_atomically(path, write)
 
 
 def load(path: Path, stage: str) -> dict:
@@ -213,8 +222,9 @@ class Training:
         for name, value in header.items():
             print(f"{name:>10}  {value}")
         write_json(folder / "recipe.json", plain(header))
-        lines = (folder / "log.jsonl").read_text().splitlines() if self.first_step else []
-        kept = [line for line in lines if json.loads(line)["step"] < self.first_step]
+        lines = (folder / "log.jsonl").read_text().splitlines() \
+            if self.first_step and (folder / "log.jsonl").exists() else []
+        kept = [line for line in lines if logged_step(line) < self.first_step]
         write_atomically(folder / "log.jsonl", lambda file: file.write("".join(line + "\n" for line in kept).encode()))
 
     def load(self) -> int:
@@ -279,6 +289,14 @@ class Training:
                     "weights": self.model.state_dict()})
         (self.folder / "resume.pt").unlink(missing_ok=True)
         return path
+
+
+def logged_step(line: str) -> float:
+    """The step of a line of `log.jsonl`; infinity for a line that a killed run did not finish."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return float("inf")
 
 
 def cached(folder: Path, name: str, key, make):

@@ -12,6 +12,7 @@ and <photo>_index.png (class numbers in the order of the words, 255 = background
 from __future__ import annotations
 
 import argparse
+import os
 
 import runs
 
@@ -55,7 +56,8 @@ def parse_background(mode: str) -> tuple[str, list[str] | float | None]:
     if kind == "none" and not rest:
         return "none", None
     if kind == "words" and rest:
-        return "words", [name for name in (part.strip() for part in rest.split(",")) if name]
+        if names := [name for name in (part.strip() for part in rest.split(",")) if name]:
+            return "words", names
     if kind == "threshold":
         try:
             if 0 < float(rest) < 1:
@@ -94,8 +96,8 @@ def wanted_vocabulary(args: argparse.Namespace, checkpoint: dict | None) -> data
     """The words of `--classes`, a file or a comma-separated list; None: those of the newest run."""
     if not hasattr(args, "classes"):
         return None
-    name = checkpoint["settings"]["world"]["data"] if checkpoint else "photo"
-    if Path(args.classes).is_file():
+    name = checkpoint["settings"]["world"]["data"] if checkpoint else getattr(args, "data", "photo")
+    if os.path.isfile(args.classes):            # Path.is_file would stumble over a list longer than a file name can be
         return data.vocabulary(name, args.classes)
     return data.vocabulary_of(name, data.parse_classes(args.classes.split(","), source="--classes"))
 
@@ -109,7 +111,7 @@ def main(args: argparse.Namespace) -> Path:
     if words is not None and checkpoint is not None:
         trained = [list(names) for names in words.synonyms] == checkpoint["settings"]["world"]["synonyms"]
         if not trained:
-            checkpoint = None
+            checkpoint, words = None, wanted_vocabulary(args, None)
     if checkpoint is None and photo is not None and words is None and not hasattr(args, "data"):
         raise ValueError('segment.py: expected words to look for; found no --classes and no trained run. For instance: '
                          f'python segment.py {args.photo} --classes "cat, sofa, wall"')
@@ -123,8 +125,8 @@ def main(args: argparse.Namespace) -> Path:
                          "--classes FILE")
     if kind == "words":
         if stage in ("rectify", "distill"):
-            raise ValueError(f"--background words: the stage {stage} knows the {len(names)} classes it was trained with and no "
-                             "further words. Add --stage maskclip, train with the background among the classes, or use a "
+            raise ValueError(f"--background words: expected the stage maskclip or vanilla, found {stage}, which knows the "
+                             f"{len(names)} classes it was trained with and no further words. Add --stage maskclip, train with the background among the classes, or use a "
                              "threshold.")
         queried = data.Vocabulary(world.vocabulary.synonyms + tuple((name,) for name in value), world.vocabulary.palette,
                                   world.vocabulary.templates)
@@ -148,7 +150,8 @@ def main(args: argparse.Namespace) -> Path:
 
     folder = Path(world.out) / "segment"
     index = Image.fromarray(classes.cpu().numpy().astype(np.uint8))
-    index.putpalette([channel for rgb in world.vocabulary.palette for channel in rgb])
+    palette = [channel for rgb in world.vocabulary.palette for channel in rgb]
+    index.putpalette(palette + [0] * (768 - len(palette)))      # whole: with a shorter one a PNG keeps fewer bits than 255 has
     page = evaluate.sheet([[photo, overlay(photo, classes, world.vocabulary.palette)]], ["photo", evaluate.STAGES[stage]],
                           world.vocabulary, height=min(480, max(160, photo.height)))
     path = folder / f"{name}_overlay.png"

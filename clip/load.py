@@ -147,8 +147,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         # torch opens its refusals with the hint to load without protection: nobody should read that here.
         lines = [line for line in str(error).split("\n") if line.strip() and "weights_only" not in line]
         reason = lines[0] if lines else type(error).__name__
-        raise ValueError(f"{path} is damaged or no weights file: {reason}. Expected OpenAI's archive, a state dict or "
-                         "Hugging Face's CLIPModel weights. Fetch the file again.") from error
+        raise ValueError(f"{path} is damaged or no weights file: expected OpenAI's archive, a state dict or Hugging Face's "
+                         f"CLIPModel weights; found: {reason}. Fetch the file again.") from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]                                     # open_clip's training checkpoints
     if not isinstance(state, dict) or not all(isinstance(key, str) and isinstance(tensor, Tensor)

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 # Small enough for milliseconds, and no two sizes alike: a test cannot pass because two of them were confused.
@@ -86,3 +89,97 @@ def write_openai_archive(path: str | Path, *, width=768, layers=12, patch=16, re
         warnings.simplefilter("ignore")                     # torch calls TorchScript deprecated; the files remain
         torch.jit.save(torch.jit.script(tree.eval()), str(path))
     return {name: tensor.float() for name, tensor in state.items()}
+
+
+# ------------------------------------------------------------------------------------------ small datasets on disk
+
+# A CLIP for whole runs of the scripts: every size at its least, yet OpenAI's architecture and the real tokenizer.
+SMALLEST = dict(width=64, layers=2, patch=8, resolution=32, embed_dim=24, text_width=64, text_layers=1)
+VOC_BASE = Path("VOCdevkit", "VOC2012")
+
+
+def photo(height: int = 40, width: int = 56, seed: int = 0) -> Image.Image:
+    """A random picture of soft blobs: what JPEG keeps of it is not noise."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (1 + height // 8, 1 + width // 8, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def write_photos(folder: Path, *names: str, height: int = 40, width: int = 56) -> Path:
+    """Different photos under the given file names (sub-folders and all); returns the folder."""
+    for seed, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        photo(height, width, seed).save(folder / name)
+    return folder
+
+
+def write_label(path: Path, values: np.ndarray) -> None:
+    """A label as VOC distributes it: an indexed PNG whose palette is VOC's, so that it also looks right."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = Image.fromarray(values.astype(np.uint8))
+    picture.putpalette([channel for index in range(256) for channel in voc_colour(index)])
+    picture.save(path)
+
+
+def voc_colour(index: int) -> tuple[int, int, int]:
+    """VOC's colour of a label value: its bits in threes, spread over red, green and blue from the top bit down."""
+    red = green = blue = 0
+    for bit in range(8):
+        red |= (index & 1) << 7 - bit
+        green |= (index >> 1 & 1) << 7 - bit
+        blue |= (index >> 2 & 1) << 7 - bit
+        index >>= 3
+    return red, green, blue
+
+
+def write_voc_tree(root: Path, train=("2007_000032", "2007_000039", "2007_000063", "2007_000068"),
+                   val=("2007_000033", "2007_000042"), height: int = 40, width: int = 56) -> Path:
+    """VOC 2012's tree in small: JPEG photos, indexed labels with background 0 and border 255, and the two lists."""
+    base = root / VOC_BASE
+    write_photos(base / "JPEGImages", *(f"{name}.jpg" for name in (*train, *val)), height=height, width=width)
+    for seed, name in enumerate((*train, *val)):
+        values = np.random.default_rng(seed).choice([0, 1, 2, 8, 15, 20, 255], (height // 8, width // 8))
+        write_label(base / "SegmentationClass" / f"{name}.png", values.repeat(8, axis=0).repeat(8, axis=1))
+    lists = base / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True)
+    for split, names in (("train", train), ("val", val)):
+        (lists / f"{split}.txt").write_text("".join(f"{name}\n" for name in names))
+    return root
+
+
+# ------------------------------------------------------------------------------------------ the scripts, in small
+
+def quick_recipes(monkeypatch, folder: Path) -> None:
+    """Whole runs in seconds: tiny pictures, two epochs, and random weights in place of Toyland's pre-trained ResNet."""
+    import distill
+    import rectify
+    import toyland
+    for stage in (rectify, distill):
+        for name, recipe in stage.RECIPES.items():
+            small = dict(short_side=32, crop=(32, 40), batch_size=2, epochs=2)
+            small |= dict(window_ratio=1 / 2) if stage is rectify else dict(backbone="small")
+            monkeypatch.setitem(stage.RECIPES, name, replace(recipe, **small))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        torch.save(toyland.small_resnet(pretrained=False).state_dict(), folder / "resnet.pt")
+    monkeypatch.setattr(toyland, "RESNET_WEIGHTS", folder / "resnet.pt")
+
+
+def run(script, *flags):
+    """A script's `main` with the given command line, on the CPU, where equal steps give equal bits."""
+    return script.main(script.flags().parse_args([*map(str, flags), "--device", "cpu"]))
+
+
+def refusal(capsys, script, *flags) -> str:
+    """What a script says on stderr when it refuses its input: checked to be one paragraph, exit code 2, no traceback."""
+    import runs
+    capsys.readouterr()
+    try:
+        with runs.errors_in_one_paragraph():
+            run(script, *flags)
+    except SystemExit as end:
+        said = capsys.readouterr().err.strip()
+        assert end.code == 2, said
+        assert "Traceback" not in said and "error: " in said and "\n\n" not in said, said
+        assert "expected" in said.lower() and "found" in said.lower(), said
+        return said
+    raise AssertionError(f"{script.__name__} {' '.join(map(str, flags))} was not refused")

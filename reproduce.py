@@ -1,0 +1,67 @@
+"""Run all stages with several seeds and tabulate mean and spread: the numbers of the README.
+
+    python reproduce.py                        five seeds in Toyland, about half an hour on two cores
+    python reproduce.py --data voc --seeds 3   the same for a real dataset
+
+Writes runs/seeds/<seed>/<data>/… and runs/seeds/<data>.json. What is finished is not run again, so that an interrupted
+reproduction continues where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import runs
+
+
+def flags() -> argparse.ArgumentParser:
+    parser = runs.common_flags(__doc__, training=False)
+    parser.add_argument("--seeds", type=runs.positive, default=5, metavar="N", help="use the seeds 0..N−1")
+    return parser
+
+
+if __name__ == "__main__":
+    FLAGS = flags().parse_args()            # before torch is imported: --help answers at once
+
+import numpy as np
+
+import distill
+import evaluate
+import rectify
+
+
+def one_seed(args: argparse.Namespace, seed: int) -> dict:
+    """The metrics of all stages for one seed, from its folder if they are there."""
+    known = {name: value for name, value in vars(args).items() if name not in ("seeds", "seed", "out", "data")}
+    known |= {"seed": seed, "out": str(Path(args.out) / "seeds" / str(seed)), "data": getattr(args, "data", "toyland")}
+    path = runs.stage_folder(known["out"], known["data"], "evaluate") / "metrics.json"
+    if not path.exists():
+        print(f"\n==== seed {seed} ====")
+        for stage in (rectify, distill):
+            if not (runs.stage_folder(known["out"], known["data"], stage.__name__) / "checkpoint.pt").exists():
+                stage.main(argparse.Namespace(**known, resume=True))
+        evaluate.main(argparse.Namespace(**known, labels=None, prompt_denoising=0.0))
+    return json.loads(path.read_text())
+
+
+def main(args: argparse.Namespace) -> None:
+    found = [one_seed(args, seed) for seed in range(args.seeds)]
+    data = getattr(args, "data", "toyland")
+    table = {}
+    for stage, title in evaluate.STAGES.items():
+        values = [metrics[stage]["miou"] for metrics in found]
+        table[stage] = {"title": title, "miou": values, "mean": round(float(np.mean(values)), 2),
+                        "spread": round(float(np.std(values, ddof=1)), 2) if len(values) > 1 else None}
+    runs.write_json(Path(args.out) / "seeds" / f"{Path(data).name}.json", {"versions": runs.versions(), "stages": table})
+    print(f"\nmIoU in percent on {data}, {args.seeds} seeds (spread: standard deviation over seeds)\n")
+    print("| stage | mean | spread | seeds 0, 1, … |\n|---|---|---|---|")
+    for row in table.values():
+        print(f"| {row['title']} | {row['mean']:.1f} | {'–' if row['spread'] is None else format(row['spread'], '.1f')} | "
+              f"{' '.join(format(value, '.1f') for value in row['miou'])} |")
+
+
+if __name__ == "__main__":
+    with runs.errors_in_one_paragraph():
+        main(FLAGS)

@@ -1,0 +1,454 @@
+"""Every equation of stage 2 (distill.py) against a slow computation, and what the student may and may not learn.
+
+    python -m pytest tests/test_distill.py           # seconds; `-m slow` adds ResNet-50 and ResNet-101
+
+CLIP, the rectifier and the student are small and random here, and nothing is fetched. The tests of the gradients and of
+the pseudo-labels guard against faults of the released code: two of its three losses trained nothing, and ground truth
+decided which pixels were distilled.
+
+    B images · C classes · D joint dimension · H,W pixels · h,w the student's grid (⌈H/8⌉, ⌈W/8⌉)
+"""
+
+import copy
+import math
+from dataclasses import asdict, replace
+from urllib.error import URLError
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+import clip
+import data
+import distill
+import rectify
+import runs
+from helpers import TINY, openai_state, relative
+
+VOCABULARY = data.vocabulary_of("toys", (("cat",), ("potted plant",), ("airplane",), ("sky", "heaven")))
+C, D = len(VOCABULARY), TINY["embed_dim"]
+HYPOTHESIS = torch.tensor([[1, 0, 1, 1], [0, 1, 0, 0]]).bool()              # three classes in one image, one in the other
+
+
+TEACHER_RECIPE = rectify.Recipe(loss_scale=20.0, mask_scale=3.0)
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def unit(*shape: int, dim: int = -1, seed: int = 0) -> torch.Tensor:
+    """Random vectors of length one along `dim`."""
+    return F.normalize(random(*shape, seed=seed), dim=dim)
+
+
+IMAGES = random(2, 3, 61, 77)                       # 8 × 10 patches of CLIP, and as many places of the student's grid
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> rectify.World:
+    """A tiny random CLIP and four classes."""
+    model = clip.build_model(openai_state(**TINY)).eval().requires_grad_(False)
+    return rectify.World("toys", "data", VOCABULARY, "tiny", model, clip.fingerprint(model), torch.device("cpu"), "fp32", 0,
+                         str(tmp_path_factory.mktemp("runs")))
+
+
+def new_rectifier(world: rectify.World, seed: int = 0) -> rectify.Rectifier:
+    """A teacher as if trained: no bias is 0, no scale 1, and BatchNorm remembers some mean and variance."""
+    torch.manual_seed(seed)
+    rectifier = rectify.Rectifier(world.clip_model, C, prompt_length=5)
+    with torch.no_grad():
+        for parameter in rectifier.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+        rectifier.decoder.norm.running_mean += torch.randn(C)
+        rectifier.decoder.norm.running_var *= 0.5 + torch.rand(C)
+    return rectifier.eval().requires_grad_(False)
+
+
+@pytest.fixture
+def rectifier(world) -> rectify.Rectifier:
+    return new_rectifier(world)
+
+
+QUERY = unit(C, D, seed=1)
+
+
+@pytest.fixture
+def student(world, rectifier) -> distill.Student:
+    """A small student in training mode, around a frozen copy of the teacher's parts."""
+    torch.manual_seed(1)
+    return distill.build_student(world, copy.deepcopy(rectifier), QUERY, "small", pretrained=False).train()
+
+
+@pytest.fixture
+def lesson(world, rectifier) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the teacher says of IMAGES: (Z, M_o)."""
+    with torch.no_grad():
+        reference = rectify.reference_features(world.clip_model, rectifier.prompt, VOCABULARY.names)
+    return distill.teach(rectifier, world.clip_model, IMAGES, QUERY, reference, dense_path="residual")
+
+
+def step(student: distill.Student, lesson, recipe: distill.Recipe = distill.Recipe(), seed: int = 0):
+    """One `train_step` on IMAGES."""
+    return distill.train_step(student, *lesson, IMAGES, HYPOTHESIS, teacher_recipe=TEACHER_RECIPE, recipe=recipe,
+                              noise=torch.Generator().manual_seed(seed))
+
+
+# ------------------------------------------------------------------------------------------ the losses
+
+def slow_resize(maps: torch.Tensor, h: int, w: int) -> torch.Tensor:
+    """Bilinear, pixel centres at halves: every new place is a weighted mean of the four old ones around it."""
+    B, K, old_h, old_w = maps.shape
+    out = torch.empty(B, K, h, w)
+    for i in range(h):
+        for j in range(w):
+            y = min(max((i + 0.5) * old_h / h - 0.5, 0), old_h - 1)
+            x = min(max((j + 0.5) * old_w / w - 0.5, 0), old_w - 1)
+            top, left = int(y), int(x)
+            down, right = min(top + 1, old_h - 1), min(left + 1, old_w - 1)
+            upper = (1 - (x - left)) * maps[:, :, top, left] + (x - left) * maps[:, :, top, right]
+            lower = (1 - (x - left)) * maps[:, :, down, left] + (x - left) * maps[:, :, down, right]
+            out[:, :, i, j] = (1 - (y - top)) * upper + (y - top) * lower
+    return out
+
+
+def slow_cross_entropy(logits: torch.Tensor, pseudo_label: torch.Tensor) -> float:
+    """−log softmax at the pseudo-label, averaged over all places of all images."""
+    B, _, h, w = logits.shape
+    total = 0.0
+    for b in range(B):
+        for i in range(h):
+            for j in range(w):
+                powers = [math.exp(value) for value in logits[b, :, i, j].tolist()]
+                total -= math.log(powers[pseudo_label[b, i, j]] / sum(powers))
+    return total / (B * h * w)
+
+
+def test_eq8_mask_loss_equals_the_loop():
+    """L_mask: the cross-entropy of every place against the teacher's class there, averaged over all places."""
+    logits, pseudo_label = random(2, C, 3, 4), random(2, C, 3, 4, seed=1).argmax(dim=1)
+    found = distill.mask_loss(logits, pseudo_label)
+    assert found.item() == pytest.approx(slow_cross_entropy(logits, pseudo_label), rel=1e-5)
+
+
+def test_eq8_every_place_counts_and_none_can_be_ignored():
+    """Each place has a gradient of its own, and a label 255, the mark of ignored pixels, is an error here."""
+    logits = random(2, C, 3, 4).requires_grad_()
+    pseudo_label = random(2, C, 3, 4, seed=1).argmax(dim=1)
+    distill.mask_loss(logits, pseudo_label).backward()
+    assert (logits.grad != 0).all()
+    pseudo_label[0, 0, 0] = data.IGNORE
+    with pytest.raises(IndexError):
+        distill.mask_loss(logits, pseudo_label)
+
+
+@pytest.mark.parametrize("teacher_grid", [(5, 6), (3, 4), (9, 7)])
+def test_eq9_feature_loss_equals_the_loop(teacher_grid):
+    """L_feat: the mean absolute difference; a teacher's coarser or finer grid is first resized to the student's."""
+    ours, theirs = unit(2, D, 5, 6, dim=1), unit(2, D, *teacher_grid, dim=1, seed=1)
+    resized, total = slow_resize(theirs, 5, 6), 0.0
+    for b in range(2):
+        for i in range(5):
+            for j in range(6):
+                total += (ours[b, :, i, j] - resized[b, :, i, j]).abs().sum().item()
+    found = distill.feature_loss(ours, theirs)
+    assert found.item() == pytest.approx(total / (2 * 5 * 6 * D), rel=1e-5)
+
+
+def test_eq9_costs_nothing_only_when_student_and_teacher_agree():
+    """Equal features have a loss of zero; any other have more."""
+    features = unit(2, D, 5, 6, dim=1)
+    assert distill.feature_loss(features, features.clone()).item() == 0
+    assert distill.feature_loss(features, unit(2, D, 5, 6, dim=1, seed=1)).item() > 0
+
+
+def test_eq10_text_loss_equals_the_loop():
+    """L_text: pool the student's features by its masks, divide by n, cross-entropy of class k against all; k in H."""
+    features, masks = unit(2, D, 3, 4, dim=1), random(2, C, 3, 4).softmax(dim=1)
+    of_images = []
+    for b in range(2):
+        of_classes = []
+        for k in HYPOTHESIS[b].nonzero().flatten().tolist():
+            pooled = sum(masks[b, k, i, j] * features[b, :, i, j] for i in range(3) for j in range(4)) / 12
+            powers = [math.exp(20.0 * (pooled @ row).item()) for row in QUERY]
+            of_classes.append(-math.log(powers[k] / sum(powers)))
+        of_images.append(sum(of_classes) / len(of_classes))
+    found = distill.text_loss(features, masks, QUERY, HYPOTHESIS, scale=20.0)
+    assert found.item() == pytest.approx(sum(of_images) / 2, rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------ DeepLab V2
+
+def test_aspp_is_the_sum_of_four_dilated_convolutions():
+    """Rates 6, 12, 18, 24: nine places at that distance, zero outside the image, four results added; then length one."""
+    network = distill.DeepLabV2("small", dim=5, pretrained=False)
+    channels, h, w = network.aspp[0].in_channels, 27, 31
+    network.backbone = nn.Identity()                                        # the test hands the head its input directly
+    with torch.no_grad():
+        for conv in network.aspp:
+            conv.bias += torch.randn(5)                                     # fresh ones are 0 and would hide a lost bias
+    x, expected = random(1, channels, h, w), torch.zeros(1, 5, h, w)
+    assert len(network.aspp) == 4
+    for conv, rate in zip(network.aspp, (6, 12, 18, 24)):
+        expected += conv.bias.detach()[:, None, None]
+        for i in range(3):
+            for j in range(3):
+                down, right = (i - 1) * rate, (j - 1) * rate
+                shifted = torch.zeros_like(x)                               # x at (y + down, x + right), 0 outside
+                shifted[:, :, max(0, -down):h - max(0, down), max(0, -right):w - max(0, right)] = \
+                    x[:, :, max(0, down):h + min(0, down), max(0, right):w + min(0, right)]
+                expected += torch.einsum("bchw,oc->bohw", shifted, conv.weight[:, :, i, j].detach())
+    found = network(x).detach()
+    assert relative(found, expected / expected.norm(dim=1, keepdim=True)) <= 1e-4
+    assert torch.allclose(found.norm(dim=1), torch.ones(1, h, w), atol=1e-5)
+
+
+def network_of_shapes(backbone: str) -> distill.DeepLabV2:
+    """A network on torch's device `meta`: it has shapes and no numbers, so that ResNet-101 costs no time here."""
+    with torch.device("meta"):
+        return distill.DeepLabV2(backbone, D, pretrained=False)
+
+
+@pytest.mark.parametrize("backbone", ["small", "resnet50", "resnet101"])
+def test_output_stride_is_8_at_any_size(backbone):
+    """(B, 3, H, W) → (B, D, ⌈H/8⌉, ⌈W/8⌉), also where 8 divides neither side."""
+    network = network_of_shapes(backbone)
+    for H, W in [(64, 80), (65, 79), (97, 131), (8, 33), (512, 512)]:
+        features = network(torch.empty(2, 3, H, W, device="meta"))
+        assert features.shape == (2, D, math.ceil(H / 8), math.ceil(W / 8))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backbone", ["small", pytest.param("resnet50", marks=pytest.mark.slow),
+                                      pytest.param("resnet101", marks=pytest.mark.slow)])
+def test_features_are_unit_vectors_that_differ_from_place_to_place(backbone):
+    """What takes the place of CLIP's features has their length; a random network keeps images and places apart."""
+    torch.manual_seed(0)
+    features = distill.DeepLabV2(backbone, D, pretrained=False)(random(2, 3, 65, 97))
+    assert torch.allclose(features.norm(dim=1), torch.ones(2, 9, 13), atol=1e-5)
+    assert (features[0] - features[1]).abs().max() > 1e-3 and (features[..., 1:] - features[..., :-1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("backbone, blocks", [("small", (2, 2, 2, 2)), ("resnet50", (3, 4, 6, 3)),
+                                              ("resnet101", (3, 4, 23, 3))])
+def test_the_last_two_stages_are_dilated_by_2_and_4(backbone, blocks):
+    """Stages 3 and 4 keep stride 1; behind the block where the stride was, the 3×3 convolutions have rate 2 and 4."""
+    stages = network_of_shapes(backbone).backbone[4:]
+    assert tuple(map(len, stages)) == blocks
+    strides = [stage[0].conv2.stride[0] for stage in stages]
+    assert strides == [1, 2, 1, 1]
+    dilations = [[block.conv2.dilation[0] for block in stage] for stage in stages]
+    # torchvision gives the first block of a stage the rate of the stage before it: its input is not yet finer.
+    assert dilations == [[1] * blocks[0], [1] * blocks[1], [1] + [2] * (blocks[2] - 1), [2] + [4] * (blocks[3] - 1)]
+
+
+def test_missing_imagenet_weights_are_named(monkeypatch, tmp_path):
+    """Without network the error says which file is wanted and where to put it; a random backbone is no substitute."""
+    def no_network(url, *_, **__):
+        raise URLError("no network in this test")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    file = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[1]
+    with pytest.raises(OSError, match=f"{file} into .*checkpoints"):
+        distill.DeepLabV2("resnet50", D, pretrained=True)
+
+
+# ------------------------------------------------------------------------------------------ what the student inherits
+
+@pytest.mark.parametrize("size", [(32, 32), (61, 77)])
+def test_inherited_head_on_the_teachers_features_is_the_teacher(world, rectifier, student, size):
+    """M^D of CLIP's own features equals stage 1's M_o bit for bit, on CLIP's own grid and on another."""
+    reference = rectify.reference_features(world.clip_model, rectifier.prompt, VOCABULARY.names)
+    features, logits = distill.teach(rectifier, world.clip_model, random(2, 3, *size), QUERY, reference, "value")
+    assert torch.equal(features, world.clip_model.encode_dense(random(2, 3, *size), path="value"))
+    assert torch.equal(student.inherited(features), logits)
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (7, 9), (3, 2)])
+def test_inherited_bias_follows_clips_positions_to_any_grid(world, rectifier, student, grid):
+    """At the student's grid M_b is Eq. 2 on positions resampled as CLIP itself resamples them (its own grid is 4 × 4)."""
+    reference = rectify.reference_features(world.clip_model, rectifier.prompt, VOCABULARY.names)
+    positions = world.clip_model.visual.patch_positions(*grid)
+    assert torch.equal(student.inherited.bias(*grid), rectify.bias_logits(positions, rectifier.projection, reference))
+
+
+def test_inherited_stays_in_eval_mode(world):
+    """Whatever mode the teacher was in and however often train() is called: BatchNorm keeps the teacher's statistics."""
+    rectifier = new_rectifier(world).train()
+    student = distill.build_student(world, rectifier, QUERY, "small", pretrained=False)
+    for change in (lambda: None, student.train, student.eval, student.train):
+        change()
+        assert not any(module.training for module in student.inherited.modules())
+    assert all(module.training for module in student.network.modules())
+
+
+def test_training_changes_nothing_that_was_inherited(student, lesson):
+    """After a step the network's weights and statistics are others; every inherited tensor has its old bits."""
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    optimizer = torch.optim.SGD(distill.parameter_groups(student, distill.Recipe()), lr=0.1, weight_decay=5e-4)
+    loss, _ = step(student, lesson)
+    loss.backward()
+    optimizer.step()
+    changed = {name for name, tensor in student.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {name for name in before if name.startswith("network.")}
+    assert any(name.endswith("running_mean") for name in before if name.startswith("inherited."))
+
+
+def test_optimiser_gets_the_network_and_nothing_else(student):
+    """Every weight of backbone and head once; the new head at ten times the rate; nothing inherited."""
+    groups = distill.parameter_groups(student, distill.Recipe())
+    given = [id(parameter) for group in groups for parameter in group["params"]]
+    groups = distill.parameter_groups(student, distill.Recipe())           # parameters() is an iterator: it was used up
+    assert sorted(given) == sorted(map(id, student.network.parameters()))
+    factor = {id(parameter): group["factor"] for group in groups for parameter in group["params"]}
+    assert all(factor[id(parameter)] == 10 for parameter in student.network.aspp.parameters())
+    assert all(factor[id(parameter)] == 1 for parameter in student.network.backbone.parameters())
+
+
+# ------------------------------------------------------------------------------------------ who learns from what
+
+LOSSES = ("mask_loss", "feature_loss", "text_loss")
+
+
+def only(monkeypatch, kept: str) -> None:
+    """Put zero in the place of the other two losses."""
+    for name in LOSSES:
+        if name != kept:
+            monkeypatch.setattr(distill, name, lambda *_: torch.zeros(()))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_each_loss_alone_trains_the_student(monkeypatch, student, lesson, name):
+    """From the first convolution to the four of the head a gradient arrives; nothing inherited gets one."""
+    only(monkeypatch, name)
+    loss, _ = step(student, lesson)
+    loss.backward()
+    for layer in (student.network.backbone[0], student.network.backbone[4][0].conv2, *student.network.aspp):
+        assert layer.weight.grad.isfinite().all() and layer.weight.grad.any()
+    assert all(parameter.grad is None for parameter in student.inherited.parameters())
+    assert not any(buffer.requires_grad for buffer in student.inherited.buffers())
+
+
+def test_text_loss_trains_through_the_masks_too(monkeypatch, student, lesson):
+    """With the pooled features held still, L_text still moves the network: by where it puts its masks."""
+    only(monkeypatch, "text_loss")
+    monkeypatch.setattr(distill, "contrastive_loss",
+                        lambda features, *rest: rectify.contrastive_loss(features.detach(), *rest))
+    loss, _ = step(student, lesson)
+    loss.backward()
+    assert student.network.backbone[0].weight.grad.any()
+
+
+def test_nothing_trains_the_teacher(world, rectifier, student):
+    """Even a teacher that nobody froze gives features and logits without a gradient, and stays as it is."""
+    rectifier.requires_grad_(True)
+    reference = rectify.reference_features(world.clip_model, rectifier.prompt, VOCABULARY.names)
+    lesson = distill.teach(rectifier, world.clip_model, IMAGES, QUERY, reference, dense_path="residual")
+    assert not any(tensor.requires_grad for tensor in lesson)
+    step(student, lesson)[0].backward()
+    assert all(parameter.grad is None for module in (world.clip_model, rectifier) for parameter in module.parameters())
+    assert clip.fingerprint(world.clip_model) == world.fingerprint
+
+
+@pytest.mark.parametrize("recipe, weights", [
+    (distill.RECIPES["voc"], (1, 0.5, 0.5)), (replace(distill.Recipe(), feature_weight=3.0, text_weight=0.0), (1, 3, 0))])
+def test_the_loss_is_mask_plus_half_feature_plus_half_text(student, lesson, recipe, weights):
+    """L = L_mask + α L_feat + β L_text, and the three parts that are logged are these, without their weights."""
+    loss, parts = step(student, lesson, recipe, seed=4)
+    mask, feature, text = weights
+    assert loss.item() == pytest.approx(mask * parts["mask"] + feature * parts["feature"] + text * parts["text"], rel=1e-6)
+    with torch.no_grad():                                   # in train mode BatchNorm uses the batch: the same once more
+        features = student.network(IMAGES)
+        logits = student.inherited(features)
+        pseudo_label = slow_resize(lesson[1], *logits.shape[-2:]).argmax(dim=1)
+        uniform = torch.rand(logits.shape, generator=torch.Generator().manual_seed(4))
+        noisy = 3.0 * logits - (-uniform.log()).log()
+        masks = F.one_hot(noisy.argmax(dim=1), C).permute(0, 3, 1, 2).float()
+        expected = {"mask": slow_cross_entropy(logits, pseudo_label),
+                    "feature": distill.feature_loss(features, lesson[0]).item(),
+                    "text": distill.text_loss(features, masks, QUERY, HYPOTHESIS, 20.0).item()}
+    assert parts == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("teacher_grid", [(8, 10), (4, 5), (11, 13)])
+def test_pseudo_labels_are_the_teachers_argmax_everywhere(monkeypatch, student, teacher_grid):
+    """Every place of the student's grid gets a class 0..C−1 from the teacher's resized logits; none is left out."""
+    seen = []
+
+    def remember(logits, pseudo_label):
+        seen.append(pseudo_label)
+        return logits.sum() * 0
+    monkeypatch.setattr(distill, "mask_loss", remember)
+    teacher_logits = random(2, C, *teacher_grid, seed=5)
+    step(student, (unit(2, D, *teacher_grid, dim=1), teacher_logits))
+    assert seen[0].shape == (2, 8, 10) and seen[0].dtype == torch.int64
+    assert seen[0].unique().tolist() == list(range(C))                      # neither 255 nor −100 is among them
+    assert torch.equal(seen[0], slow_resize(teacher_logits, 8, 10).argmax(dim=1))
+
+
+def test_training_lowers_every_loss(student, lesson):
+    """Fifteen steps on one batch: the student comes nearer to the masks, the features and the words."""
+    optimizer = torch.optim.SGD(distill.parameter_groups(student, distill.Recipe()), lr=0.02, momentum=0.9)
+    history = []
+    for number in range(15):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.02 * group["factor"]
+        loss, parts = step(student, lesson, seed=number)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        history.append(parts)
+    for name in ("mask", "feature", "text"):
+        assert sum(parts[name] for parts in history[-3:]) < sum(parts[name] for parts in history[:3])
+
+
+# ------------------------------------------------------------------------------------------ a student on its own
+
+def test_student_runs_without_clip(world, student, tmp_path, monkeypatch):
+    """Weights saved and read back give the same logits in a student that was built around nothing and asks CLIP nothing."""
+    student = student.eval()
+    expected = student.logits(IMAGES)
+    torch.save(student.state_dict(), tmp_path / "student.pt")
+
+    empty = rectify.Rectifier(world.clip_model, C, prompt_length=1)        # shapes alone
+    inherited = distill.Inherited(empty, torch.zeros(C, D), torch.zeros(C, D), torch.zeros_like(student.inherited.positions))
+    other = distill.Student("small", inherited, pretrained=False)
+    other.load_state_dict(torch.load(tmp_path / "student.pt", weights_only=True))
+    for name in ("encode_image", "encode_text", "encode_dense", "encode_prompt"):
+        monkeypatch.setattr(clip.CLIP, name, None)                          # a call would be a TypeError
+    assert torch.equal(other.eval().logits(IMAGES), expected)
+
+
+def checkpoint(world: rectify.World, student: distill.Student) -> dict:
+    return {"stage": "distill", "step": 1, "weights": student.state_dict(),
+            "settings": {"world": world.described(), "recipe": asdict(distill.Recipe(backbone="small"))}}
+
+
+def test_load_student_gives_the_trained_student_back(world, student):
+    """From checkpoint.pt: the same logits, in eval mode, whatever query is at hand."""
+    runs.save(world.folder("distill") / "checkpoint.pt", checkpoint(world, student))
+    found = distill.load_student(world, unit(C, D, seed=8))
+    assert not found.training
+    assert torch.equal(found.logits(IMAGES), student.eval().logits(IMAGES))
+
+
+def test_load_student_refuses_other_words_and_another_clip(world, student):
+    """A student knows its own classes alone and was taught by one CLIP: anything else is an error that says so."""
+    runs.save(world.folder("distill") / "checkpoint.pt", checkpoint(world, student))
+    words = data.vocabulary_of("toys", (("dog",), *VOCABULARY.synonyms[1:]))
+    with pytest.raises(ValueError, match="another class list.*dog.*cat"):
+        distill.load_student(replace(world, vocabulary=words), QUERY)
+    with pytest.raises(ValueError, match="another CLIP"):
+        distill.load_student(replace(world, fingerprint="0123"), QUERY)
+
+
+# ------------------------------------------------------------------------------------------ the numbers
+
+def test_the_recipe_of_voc_is_the_papers():
+    """Every number of stage 2 on VOC, as the paper and the released code have it; the head's tenfold rate is DeepLab's."""
+    assert asdict(distill.RECIPES["voc"]) == dict(
+        backbone="resnet50", feature_weight=0.5, text_weight=0.5, short_side=512, crop=(512, 512), scale=(0.5, 2.0),
+        distort=True, batch_size=16, learning_rate=0.01, head_rate=10.0, momentum=0.9, weight_decay=5e-4, poly_power=0.9,
+        floor_rate=1e-4, epochs=100)

@@ -1,0 +1,487 @@
+"""runs.py: files that are whole or not there, errors in one paragraph, and training that can stop anywhere.
+
+    python -m pytest tests/test_runs.py
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import runs
+from conftest import ROOT
+
+
+def names_in(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# ------------------------------------------------------------------------------------------ files, whole or not at all
+
+def test_file_is_written_whole_with_its_folders(tmp_path):
+    """The content, readable by everyone, and no temporary file beside it."""
+    path = tmp_path / "new" / "deep" / "a.bin"
+    runs.write_atomically(path, lambda file: file.write(b"content"))
+    assert path.read_bytes() == b"content" and names_in(path.parent) == ["a.bin"]
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("error", [ValueError("half-way"), OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_old_file_stays_when_writing_fails(tmp_path, error):
+    """Whatever stops a write, also Ctrl-C: the old content stays, and nothing half-written is left."""
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"old")
+
+    def write(file):
+        file.write(b"ne")
+        raise error
+
+    with pytest.raises(type(error)):
+        runs.write_atomically(path, write)
+    assert path.read_bytes() == b"old" and names_in(tmp_path) == ["a.bin"]
+
+
+def test_new_file_appears_only_when_it_is_whole(tmp_path):
+    """While it is being written nothing has its name."""
+    path, seen = tmp_path / "a.bin", []
+    runs.write_atomically(path, lambda file: (file.write(b"new"), seen.append(path.exists())))
+    assert seen == [False] and path.exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+def test_folder_without_permission_is_an_error(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(PermissionError):
+        runs.write_atomically(tmp_path / "a.bin", lambda file: file.write(b"new"))
+    tmp_path.chmod(0o700)
+    assert names_in(tmp_path) == []
+
+
+def test_file_in_place_of_a_folder_is_an_error(tmp_path):
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(OSError):
+        runs.write_json(tmp_path / "runs" / "voc" / "metrics.json", {})
+    assert (tmp_path / "runs").read_text() == "a file" and names_in(tmp_path) == ["runs"]
+
+
+def test_checkpoint_comes_back_as_it_was_saved(tmp_path):
+    """Tensors of every type, numbers and strings, through a reader that admits nothing else."""
+    content = {"stage": "rectify", "weights": {"a": torch.randn(3), "b": torch.tensor(7), "c": torch.ones(2).half()},
+               "settings": {"seed": 0, "names": ["x"], "rate": 0.1, "none": None}}
+    runs.save(tmp_path / "checkpoint.pt", content)
+    found = runs.load(tmp_path / "checkpoint.pt", "rectify")
+    assert found["settings"] == content["settings"]
+    assert all(torch.equal(found["weights"][name], tensor) for name, tensor in content["weights"].items())
+
+
+def test_full_disk_is_an_os_error_also_inside_torch(tmp_path, monkeypatch):
+    """torch.save hides it behind a RuntimeError of its own, which would end as a traceback."""
+    real = os.fdopen
+
+    class FullDisk:
+        def __init__(self, *args):
+            self.file = real(*args)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def write(self, _content):
+            raise OSError(28, "No space left on device")
+
+        def flush(self):
+            pass
+
+    (tmp_path / "a.pt").write_bytes(b"old")
+    monkeypatch.setattr(os, "fdopen", FullDisk)
+    with pytest.raises(OSError, match="No space left"):
+        runs.save(tmp_path / "a.pt", {"stage": "rectify", "weights": torch.zeros(10_000)})
+    assert names_in(tmp_path) == ["a.pt"] and (tmp_path / "a.pt").read_bytes() == b"old"
+
+
+# ------------------------------------------------------------------------------------------ loading
+
+def test_missing_checkpoint_names_the_command_that_makes_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"expected a checkpoint at .*a\.pt, found none.*python rectify\.py"):
+        runs.load(tmp_path / "a.pt", "rectify")
+
+
+@pytest.mark.parametrize("damage", [lambda whole: b"", lambda whole: whole[:len(whole) // 2], lambda whole: b"text" * 99,
+                                    lambda whole: whole[:200] + b"\0" * 300 + whole[500:]],
+                         ids=["empty", "half", "another file", "a hole"])
+def test_damaged_checkpoint_is_named(tmp_path, damage):
+    runs.save(tmp_path / "a.pt", {"stage": "rectify", "weights": torch.zeros(100)})
+    (tmp_path / "a.pt").write_bytes(damage((tmp_path / "a.pt").read_bytes()))
+    with pytest.raises(ValueError, match=r"a\.pt is damaged .*python rectify\.py"):
+        runs.load(tmp_path / "a.pt", "rectify")
+
+
+@pytest.mark.parametrize("content, found", [({"stage": "distill"}, "'distill'"), ({}, "None"), ([1], "'list'")])
+def test_checkpoint_of_another_stage_is_refused(tmp_path, content, found):
+    runs.save(tmp_path / "a.pt", content)
+    with pytest.raises(ValueError, match=rf"a\.pt: expected a checkpoint of the stage 'rectify', found {found}"):
+        runs.load(tmp_path / "a.pt", "rectify")
+
+
+def test_checkpoint_with_a_program_in_it_is_not_run(tmp_path):
+    """A pickle may call anything: the reader admits tensors, numbers and strings alone."""
+    class Evil:
+        def __reduce__(self):
+            return open, (str(tmp_path / "was run"), "w")
+
+    torch.save({"stage": "rectify", "weights": Evil()}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="damaged"):
+        runs.load(tmp_path / "a.pt", "rectify")
+    assert not (tmp_path / "was run").exists()
+
+
+# ------------------------------------------------------------------------------------------ newest, refusal, seeds
+
+def test_newest_checkpoint_of_a_stage_whatever_the_dataset(tmp_path):
+    """The one that was written last; other stages and unfinished runs do not count; none is None."""
+    assert runs.newest(tmp_path / "nowhere", "rectify") is None
+    for when, name in enumerate(["voc/rectify/checkpoint.pt", "toyland/rectify/checkpoint.pt", "photos/rectify/resume.pt",
+                                 "voc/distill/checkpoint.pt"]):
+        runs.write_atomically(tmp_path / name, lambda file: file.write(b"x"))
+        os.utime(tmp_path / name, ns=(when, when))
+    assert runs.newest(tmp_path, "rectify") == tmp_path / "toyland/rectify/checkpoint.pt"
+    os.utime(tmp_path / "voc/rectify/checkpoint.pt", ns=(9, 9))
+    assert runs.newest(tmp_path, "rectify") == tmp_path / "voc/rectify/checkpoint.pt"
+    assert runs.newest(tmp_path, "evaluate") is None
+
+
+def test_stage_folder_of_a_dataset_and_of_a_folder(tmp_path, monkeypatch):
+    """A known name as it is; a folder by its own name, however its path is written."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    assert runs.stage_folder("runs", "voc", "rectify").as_posix() == "runs/voc/rectify"
+    for path in ("photos", "photos/", "./photos/../photos", str(tmp_path / "photos")):
+        assert runs.stage_folder("runs", path, "rectify").as_posix() == "runs/photos/rectify"
+
+
+def test_settings_are_compared_and_both_are_shown(tmp_path):
+    runs.refuse_unless(tmp_path / "a.pt", "class list", expected=["cat"], found=["cat"])
+    with pytest.raises(ValueError, match=r"a\.pt was made with another class list\. Expected \['cat'\]; found \['dog'\]"):
+        runs.refuse_unless(tmp_path / "a.pt", "class list", expected=["cat"], found=["dog"])
+    with pytest.raises(ValueError) as error:
+        runs.refuse_unless(tmp_path / "a.pt", "images", expected=list(range(10_000)), found=[])
+    assert len(str(error.value)) < 1000
+
+
+def test_seed_is_the_same_for_ever_and_another_for_every_purpose():
+    """Values written down once: were they to change, no old run could be resumed or repeated."""
+    assert runs.seed_of(0, "order", 3) == 8483304753239185838
+    seeds = {runs.seed_of(*parts) for parts in [(0,), (1,), (0, "order", 0), (0, "order", 1), (0, "gumbel", 0), ("0",),
+                                                (0, 1), ((0, 1),), (1, 0)]}
+    assert len(seeds) == 9 and all(0 <= seed < 2 ** 63 for seed in seeds)
+    torch.Generator().manual_seed(max(seeds))
+
+
+# ------------------------------------------------------------------------------------------ the cache
+
+def test_what_is_cached_is_made_once_per_key(tmp_path):
+    made = []
+
+    def make():
+        made.append(1)
+        return {"a": torch.tensor([len(made)])}
+
+    for key, expected in ((("x", 1), 1), (("x", 1), 1), (("x", 2), 2), (("x", 1), 1)):
+        assert runs.cached(tmp_path / "cache", "query", key, make)["a"].item() == expected
+    assert len(made) == 2 and len(names_in(tmp_path / "cache")) == 2
+
+
+@pytest.mark.parametrize("damage", [b"", b"nonsense" * 50])
+def test_damaged_cache_is_made_again(tmp_path, capsys, damage):
+    """It says so, and what it makes is kept."""
+    runs.cached(tmp_path, "query", "key", lambda: torch.ones(2))
+    [path] = tmp_path.iterdir()
+    path.write_bytes(damage)
+    assert torch.equal(runs.cached(tmp_path, "query", "key", lambda: torch.zeros(2)), torch.zeros(2))
+    assert "is damaged" in capsys.readouterr().out
+    assert torch.equal(runs.cached(tmp_path, "query", "key", lambda: 1 / 0), torch.zeros(2))
+
+
+def test_nothing_is_cached_when_making_it_fails(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        runs.cached(tmp_path / "cache", "query", "key", lambda: 1 / 0)
+    assert not (tmp_path / "cache").exists()
+
+
+# ------------------------------------------------------------------------------------------ errors
+
+@pytest.mark.parametrize("error, code, message", [
+    (ValueError("a.png: expected RGB, found grey."), 2, "error: a.png: expected RGB, found grey."),
+    (FileNotFoundError("expected a list, found none"), 2, "error: expected a list, found none"),
+    (FileExistsError(17, "File exists", "runs/voc"), 2, "error: expected to use runs/voc, found: File exists."),
+    (OSError(28, "No space left on device"), 2, "expected to use the run folder, found: No space left on device."),
+    (ValueError(), 2, "error: ValueError"),
+    (KeyboardInterrupt(), 130, "stopped. Training continues with the same command and --resume.")])
+def test_what_a_user_can_cause_ends_in_one_paragraph(capsys, error, code, message):
+    """On stderr, without a traceback, with the exit code of an error (2) or of Ctrl-C (130)."""
+    with pytest.raises(SystemExit) as end, runs.errors_in_one_paragraph():
+        raise error
+    said = capsys.readouterr().err
+    assert end.value.code == code and message in said and end.value.__suppress_context__
+    assert "Traceback" not in said and len(said.strip().splitlines()) == 1
+
+
+def test_error_from_a_worker_process_is_said_without_its_traceback(capsys):
+    """torch puts the worker's traceback into the message of the error that it raises again."""
+    class Broken(torch.utils.data.Dataset):
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, _):
+            raise ValueError("a.jpg: expected an image, found text.")
+
+    with pytest.raises(SystemExit) as end, runs.errors_in_one_paragraph():
+        list(torch.utils.data.DataLoader(Broken(), num_workers=1))
+    assert end.value.code == 2
+    assert capsys.readouterr().err.strip() == "error: a.jpg: expected an image, found text."
+
+
+@pytest.mark.parametrize("error", [AssertionError, TypeError, RuntimeError, ZeroDivisionError])
+def test_our_own_mistakes_keep_their_traceback(error):
+    with pytest.raises(error), runs.errors_in_one_paragraph():
+        raise error("ours")
+
+
+# ------------------------------------------------------------------------------------------ flags
+
+def test_numbers_that_must_be_positive():
+    assert runs.positive("12") == 12
+    for text in ("0", "-1", "1.5", "many", ""):
+        with pytest.raises(argparse.ArgumentTypeError, match="expected a whole number from 1 on, found"):
+            runs.positive(text)
+
+
+def test_flags_that_are_not_given_are_not_there():
+    """So that a later stage can tell "as in the checkpoint" from a value that the user chose."""
+    args = runs.common_flags("What.").parse_args([])
+    assert not any(hasattr(args, name) for name in ("data", "root", "classes", "clip", "device", "epochs", "batch_size"))
+    assert (args.out, args.seed, args.precision, args.resume, args.download) == ("runs", 0, "fp32", False, False)
+    assert not hasattr(runs.common_flags("What.", training=False).parse_args([]), "resume")
+
+
+def test_abbreviated_flags_are_refused(capsys):
+    """--epoch must not quietly mean --epochs: a later flag could make it ambiguous."""
+    with pytest.raises(SystemExit):
+        runs.common_flags("What.").parse_args(["--epoch", "3"])
+
+
+@pytest.mark.parametrize("name", ["nonsense", "cpu:x", "meta", "cuda:99"])
+def test_device_that_is_not_there_is_refused_by_name(name):
+    with pytest.raises(ValueError, match=rf"--device {name}: expected a device of this machine, found none.*--device cpu"):
+        runs.device_of(argparse.Namespace(device=name))
+    assert runs.device_of(argparse.Namespace(device="cpu")).type == "cpu"
+
+
+# ------------------------------------------------------------------------------------------ training
+
+STEPS, PER_EPOCH = 12, 4
+SETTINGS = {"seed": 0, "recipe": {"rate": 0.1, "scale": (0.5, 2.0)}}
+
+
+class Interrupted(Exception):
+    pass
+
+
+def toy(seed=0):
+    """A model with weights and BatchNorm statistics, and an optimiser with momentum: all that has to be resumed."""
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 1))
+    return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+def train(folder, resume=False, settings=SETTINGS, steps=STEPS, at_step=lambda step: None, seed=0):
+    """A little training as the stages do it: what is random in a step depends on the step alone."""
+    model, optimizer = toy(seed)
+    run = runs.Training(folder, "toy", settings, {"stage": "toy", "recipe": {"rate": 0.1}}, model, optimizer, steps=steps,
+                        steps_per_epoch=PER_EPOCH, resume=resume)
+    with run:
+        for step in range(run.first_step, steps):
+            at_step(step)
+            inputs = torch.randn(8, 3, generator=torch.Generator().manual_seed(runs.seed_of(0, step)))
+            loss = model(inputs).square().mean() + model(inputs).mean()
+            run.refuse_non_finite(loss, step, ["a", "b"])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            run.done(step, {"loss": loss.item()}, 0.1)
+    return run.finish()
+
+
+def weights_of(path):
+    return torch.load(path, weights_only=True)["weights"]
+
+
+def assert_same_weights(found, expected):
+    found, expected = weights_of(found), weights_of(expected)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def logged_steps(folder):
+    return [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def raise_at(when, error):
+    def at_step(step):
+        if step == when:
+            raise error
+    return at_step
+
+
+def send_sigint_at(when):
+    return lambda step: os.kill(os.getpid(), signal.SIGINT) if step == when else None
+
+
+def test_finished_run_leaves_checkpoint_recipe_and_log(tmp_path, capsys):
+    """And no resume.pt: the run is not unfinished."""
+    path = train(tmp_path / "run")
+    assert path == tmp_path / "run" / "checkpoint.pt"
+    assert names_in(tmp_path / "run") == ["checkpoint.pt", "log.jsonl", "recipe.json"]
+    assert logged_steps(tmp_path / "run") == list(range(STEPS))
+    assert json.loads((tmp_path / "run/recipe.json").read_text()) == {"stage": "toy", "recipe": {"rate": 0.1}}
+    content = runs.load(path, "toy")
+    assert content["settings"] == runs.plain(SETTINGS) and content["step"] == STEPS and "optimizer" not in content
+    assert "toy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stop", [1, PER_EPOCH, PER_EPOCH + 2, STEPS - 1])
+def test_killed_run_continues_to_the_same_weights(tmp_path, stop):
+    """A run that broke off in step `stop` goes on from the last whole epoch and ends bit for bit like one that did not."""
+    expected = train(tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        train(tmp_path / "run", at_step=raise_at(stop, Interrupted()))
+    assert not (tmp_path / "run/checkpoint.pt").exists()
+    assert (tmp_path / "run/resume.pt").exists() == (stop >= PER_EPOCH)
+    assert_same_weights(train(tmp_path / "run", resume=True, seed=1 if stop >= PER_EPOCH else 0), expected)
+    assert logged_steps(tmp_path / "run") == list(range(STEPS))
+    assert names_in(tmp_path / "run") == ["checkpoint.pt", "log.jsonl", "recipe.json"]
+
+
+@pytest.mark.parametrize("stop", [0, 2, PER_EPOCH - 1, STEPS - 1])
+def test_ctrl_c_finishes_the_step_saves_and_resumes_to_the_same_weights(tmp_path, stop):
+    """Not a step is lost or done twice, whether the signal comes in the first step, the last or between epochs."""
+    expected = train(tmp_path / "whole")
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "run", at_step=send_sigint_at(stop))
+    assert signal.getsignal(signal.SIGINT) is before
+    assert torch.load(tmp_path / "run/resume.pt", weights_only=True)["step"] == stop + 1
+    assert not (tmp_path / "run/checkpoint.pt").exists() and logged_steps(tmp_path / "run") == list(range(stop + 1))
+    done = []
+    assert_same_weights(train(tmp_path / "run", resume=True, at_step=done.append, seed=1), expected)
+    assert done == list(range(stop + 1, STEPS)) and logged_steps(tmp_path / "run") == list(range(STEPS))
+
+
+def test_second_ctrl_c_does_not_wait_for_the_step(tmp_path):
+    """The first waits for the step to end; who presses again means now. What was saved before stays."""
+    def twice(step):
+        if step == PER_EPOCH + 1:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+            raise AssertionError("the second Ctrl-C was not taken")
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, at_step=twice)
+    assert torch.load(tmp_path / "resume.pt", weights_only=True)["step"] == PER_EPOCH
+
+
+def test_finished_run_is_not_trained_again(tmp_path, capsys):
+    """--resume on a finished run: its weights, not a step of training."""
+    expected = weights_of(train(tmp_path))
+    done = []
+    found = weights_of(train(tmp_path, resume=True, at_step=done.append, seed=1))
+    assert done == [] and all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert "finished already" in capsys.readouterr().out and logged_steps(tmp_path) == list(range(STEPS))
+
+
+def test_resume_without_anything_to_resume_starts_from_the_beginning(tmp_path, capsys):
+    done = []
+    assert_same_weights(train(tmp_path / "a", resume=True, at_step=done.append), train(tmp_path / "b"))
+    assert done == list(range(STEPS)) and "Nothing to resume" in capsys.readouterr().out
+
+
+def test_resume_with_other_settings_is_refused_and_changes_nothing(tmp_path):
+    """The error names the setting; the unfinished run can still be continued with its own."""
+    with pytest.raises(Interrupted):
+        train(tmp_path, at_step=raise_at(6, Interrupted()))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"resume\.pt was made with another recipe\. Expected .*0\.2.*; found .*0\.1"):
+        train(tmp_path, resume=True, settings=SETTINGS | {"recipe": {"rate": 0.2, "scale": (0.5, 2.0)}})
+    with pytest.raises(ValueError, match="another seed"):
+        train(tmp_path, resume=True, settings=SETTINGS | {"seed": 1})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    train(tmp_path, resume=True)
+
+
+def test_without_resume_a_run_starts_anew(tmp_path):
+    """An unfinished run of before is not continued by accident, and its log is not added to."""
+    with pytest.raises(Interrupted):
+        train(tmp_path / "run", at_step=raise_at(6, Interrupted()))
+    done = []
+    train(tmp_path / "run", at_step=done.append)
+    assert done == list(range(STEPS)) and logged_steps(tmp_path / "run") == list(range(STEPS))
+    assert not (tmp_path / "run/resume.pt").exists()
+
+
+@pytest.mark.parametrize("damage", [lambda log: log.unlink(), lambda log: log.write_text(log.read_text() + '{"step": 5, "lo')],
+                         ids=["lost", "last line torn"])
+def test_damaged_log_does_not_hinder_a_resume(tmp_path, damage):
+    """A machine that lost power tore the line that it was writing."""
+    expected = train(tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        train(tmp_path / "run", at_step=raise_at(6, Interrupted()))
+    damage(tmp_path / "run/log.jsonl")
+    assert_same_weights(train(tmp_path / "run", resume=True), expected)
+    assert logged_steps(tmp_path / "run")[-8:] == list(range(PER_EPOCH, STEPS))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_non_finite_loss_stops_the_run_and_names_the_images(tmp_path, bad):
+    """What was saved before stays: the last whole epoch."""
+    def poison(step):
+        if step == PER_EPOCH + 1:
+            raise_if_bad.refuse_non_finite(torch.tensor(bad), step, ["photo 1", "photo 2"])
+
+    model, optimizer = toy()
+    raise_if_bad = runs.Training(tmp_path, "toy", SETTINGS, {}, model, optimizer, steps=STEPS, steps_per_epoch=PER_EPOCH,
+                                 resume=False)
+    with pytest.raises(ValueError, match=r"loss of step 5 is (nan|-?inf), expected a finite number.*photo 1, photo 2"):
+        train(tmp_path, at_step=poison)
+    assert torch.load(tmp_path / "resume.pt", weights_only=True)["step"] == PER_EPOCH
+    assert not (tmp_path / "checkpoint.pt").exists()
+    assert raise_if_bad.refuse_non_finite(torch.tensor(1.0), 0, []) is None
+
+
+def test_long_run_is_logged_at_most_some_200_times(tmp_path):
+    """And its last step always is."""
+    train(tmp_path, steps=500)
+    steps = logged_steps(tmp_path)
+    assert 200 <= len(steps) <= 260 and steps[0] == 0 and steps[-1] == 499
+
+
+def test_run_that_is_killed_hard_leaves_whole_files(tmp_path):
+    """SIGKILL while it is saving all the time: every file that has a final name can be read."""
+    program = (f"import sys; sys.path[:0] = [{str(ROOT)!r}]\nimport torch, runs\nfrom pathlib import Path\nprint('go', flush=True)\n"
+               f"while True: runs.save(Path({str(tmp_path)!r}, 'a.pt'), {{'stage': 'toy', 'weights': torch.zeros(200_000)}})")
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "a.pt").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.05)
+        process.kill()
+    assert runs.load(tmp_path / "a.pt", "toy")["weights"].shape == (200_000,)
