@@ -32,8 +32,8 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--root", default="data", metavar="DIR", help="the scenes go to DIR/toyland")
     parser.add_argument("--pretrain", action="store_true", help="train the small CLIP and the small ResNet")
     parser.add_argument("--weights", default="clip", metavar="DIR", help="where --pretrain writes its two files")
-    parser.add_argument("--pictures", type=int, default=50_000, help="captioned pictures to draw for --pretrain")
-    parser.add_argument("--epochs", type=int, default=8, help="passes over them")
+    parser.add_argument("--pictures", type=int, default=40_000, help="captioned pictures to draw for --pretrain")
+    parser.add_argument("--epochs", type=int, default=6, help="passes over them")
     parser.add_argument("--seed", type=int, default=0, help="of the captioned pictures and the training")
     return parser
 
@@ -93,12 +93,14 @@ class Canvas:
     def box(self, x0: float, y0: float, x1: float, y1: float, colour) -> None:
         self.polygon([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], colour)
 
-    def stuff(self, name: str, top: int, bottom: int, rng: np.random.Generator) -> None:
-        """Fill the rows top..bottom with the texture of a stuff class."""
+    def stuff(self, name: str, top: int, bottom: int, rng: np.random.Generator, zoom: float = 1.0) -> None:
+        """Fill the rows top..bottom with the texture of a stuff class, as seen from `zoom` times as near."""
         if bottom <= top:
             return
-        texture = TEXTURES[name]((bottom - top) * SUPERSAMPLE, self.width * SUPERSAMPLE, rng)
-        self.image.paste(Image.fromarray(texture.clip(0, 255).astype(np.uint8)), (0, top * SUPERSAMPLE))
+        H, W = (bottom - top) * SUPERSAMPLE, self.width * SUPERSAMPLE
+        texture = TEXTURES[name](int(np.ceil(H / zoom)), int(np.ceil(W / zoom)), rng)
+        texture = Image.fromarray(texture.clip(0, 255).astype(np.uint8))
+        self.image.paste(texture.resize((W, H), Image.Resampling.BILINEAR) if zoom > 1 else texture, (0, top * SUPERSAMPLE))
         self.label.paste(CLASSES.index(name), (0, top, self.width, bottom))
 
     def thing(self, name: str, x: float, y: float, size: float, rng: np.random.Generator) -> None:
@@ -308,13 +310,14 @@ DRAWINGS = dict(house=house, tree=tree, car=car, bus=bus, boat=boat, sun=sun, cl
 def captioned_picture(rng: np.random.Generator) -> tuple[np.ndarray, str]:
     """`(picture (64, 64, 3) uint8, what the caption names)`, for instance "car and the tree on the grass"."""
     canvas = Canvas(PICTURE, PICTURE)
+    zoom = np.exp(rng.uniform(0, np.log(3)))                    # photographs are taken from near and far
     if rng.random() < 0.25:                                     # a picture of stuff alone: one, or two with a horizon
         stuffs = [str(name) for name in rng.choice([*STUFF], size=rng.integers(1, 3), replace=False)]
         if "sky" in stuffs:
             stuffs.sort(key="sky".__ne__)                       # the sky is above
         horizon = int(rng.uniform(0.3, 0.7) * PICTURE) if len(stuffs) == 2 else PICTURE
-        canvas.stuff(stuffs[0], 0, horizon, rng)
-        canvas.stuff(stuffs[-1], horizon, PICTURE, rng)
+        canvas.stuff(stuffs[0], 0, horizon, rng, zoom)
+        canvas.stuff(stuffs[-1], horizon, PICTURE, rng, zoom)
         return canvas.finish()[0], " and the ".join(stuffs)
     things = sorted(str(name) for name in rng.choice([*THINGS], size=1 + (rng.random() < 0.4), replace=False))
     # What lies behind is where the first thing is at home, three times out of four. Captions rarely say so: this
@@ -323,8 +326,8 @@ def captioned_picture(rng: np.random.Generator) -> tuple[np.ndarray, str]:
     horizon = 0
     if ground != "sky" and rng.random() < 0.5:
         horizon = int(rng.uniform(0.1, 0.5) * PICTURE)
-        canvas.stuff("sky", 0, horizon, rng)
-    canvas.stuff(ground, horizon, PICTURE, rng)
+        canvas.stuff("sky", 0, horizon, rng, zoom)
+    canvas.stuff(ground, horizon, PICTURE, rng, zoom)
     for i, name in enumerate(things):
         # Up to close-ups that show a part of the thing alone: then every part must say what it belongs to.
         size = np.exp(rng.uniform(np.log(16), np.log(110 if len(things) == 1 else 40)))
@@ -404,8 +407,8 @@ WEIGHT_DECAY = 0.1
 # FLIP (Li et al. 2023) drops random patches to train faster. Here it matters for another reason: when the one
 # tell-tale patch (a wheel) is often missing, the rest of the car must say "car" too.
 PATCH_DROPOUT = 0.65
-WHOLE_PICTURES = 0.05                       # the last share of the training sees all patches, as the tests will
-RESNET_EPOCHS = 3
+WHOLE_PICTURES = 0.1                        # the last share of the training sees all patches, as the tests will
+RESNET_EPOCHS = 1
 
 
 def pretraining_pictures(seed: int, count: int) -> tuple[np.ndarray, list[str]]:
