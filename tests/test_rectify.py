@@ -595,9 +595,9 @@ def test_poly_rate_follows_its_formula():
 def test_the_recipe_of_voc_is_the_papers():
     """Every number of stage 1 on VOC, as the paper and the released code have it."""
     assert asdict(rectify.RECIPES["voc"]) == dict(
-        dense_path="residual", prompt_length=73, window_ratio=1 / 6, vote_threshold=0.07, mask_scale=100.0, mask_tau=1.0, loss_scale=100.0,
-        short_side=336, crop=(336, 336), scale=(0.5, 2.0), distort=True, batch_size=1, learning_rate=0.01, momentum=0.9,
-        weight_decay=5e-4, poly_power=0.9, horizon=200, epochs=50)
+        dense_path="residual", prompt_length=73, window_ratio=1 / 6, vote_threshold=0.07, mask_scale=100.0, mask_tau=1.0,
+        loss_scale=100.0, short_side=336, crop=(336, 336), scale=(0.5, 2.0), distort=True, batch_size=1, learning_rate=0.01,
+        momentum=0.9, weight_decay=5e-4, poly_power=0.9, horizon=200, epochs=50)
 
 
 @pytest.mark.parametrize("stage", [rectify, distill])

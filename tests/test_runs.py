@@ -86,7 +86,7 @@ def test_full_disk_is_an_os_error_also_inside_torch(tmp_path, monkeypatch):
 
     class FullDisk:
         def __init__(self, *args):
-            self.file = real(*args)
+            self.file, self.room = real(*args), 1000
 
         def __enter__(self):
             return self
@@ -94,11 +94,14 @@ def test_full_disk_is_an_os_error_also_inside_torch(tmp_path, monkeypatch):
         def __exit__(self, *_):
             self.file.close()
 
-        def write(self, _content):
-            raise OSError(28, "No space left on device")
+        def write(self, content):
+            self.room -= len(content)
+            if self.room < 0:
+                raise OSError(28, "No space left on device")
+            return self.file.write(content)
 
         def flush(self):
-            pass
+            self.file.flush()
 
     (tmp_path / "a.pt").write_bytes(b"old")
     monkeypatch.setattr(os, "fdopen", FullDisk)
@@ -165,6 +168,8 @@ def test_stage_folder_of_a_dataset_and_of_a_folder(tmp_path, monkeypatch):
     assert runs.stage_folder("runs", "voc", "rectify").as_posix() == "runs/voc/rectify"
     for path in ("photos", "photos/", "./photos/../photos", str(tmp_path / "photos")):
         assert runs.stage_folder("runs", path, "rectify").as_posix() == "runs/photos/rectify"
+    monkeypatch.chdir(tmp_path / "photos")
+    assert runs.stage_folder("runs", ".", "rectify").as_posix() == "runs/photos/rectify"
 
 
 def test_settings_are_compared_and_both_are_shown(tmp_path):
