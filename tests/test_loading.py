@@ -7,6 +7,7 @@ Nothing here needs the internet: the downloads come from a web server on this ma
 """
 
 import builtins
+import functools
 import hashlib
 import importlib
 import json
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
 import clip
 from clip.download import download
@@ -450,8 +452,9 @@ def babble(handler):
     handler.wfile.write(b"220 mail.example.org ESMTP\r\n")
 
 
-def test_download(server, tmp_path, capsys):
+def test_download(server, tmp_path, capsys, monkeypatch):
     """A file is fetched once into a new folder, with a progress bar; the second call does not ask the server."""
+    monkeypatch.setattr("clip.download.tqdm", functools.partial(tqdm, disable=False))      # conftest.py turned bars off
     server.pages["/weights.pt"] = page(CONTENT)
     target = tmp_path / "new" / "folder" / "weights.pt"
     for _ in range(2):

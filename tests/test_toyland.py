@@ -76,10 +76,10 @@ def painted(monkeypatch):
     names = []
     stuff, thing = toyland.Canvas.stuff, toyland.Canvas.thing
 
-    def stuff_and_note(canvas, name, top, bottom, rng):
+    def stuff_and_note(canvas, name, top, bottom, *args):
         if bottom > top:
             names.append(name)
-        stuff(canvas, name, top, bottom, rng)
+        stuff(canvas, name, top, bottom, *args)
 
     def thing_and_note(canvas, name, *args):
         names.append(name)
