@@ -34,6 +34,7 @@ def flags() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     FLAGS = flags().parse_args()            # before torch is imported: --help answers at once
 
+import copy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -129,13 +130,13 @@ def build_resnet(backbone: str, pretrained: bool) -> torchvision.models.ResNet:
 class Inherited(nn.Module):
     """What the student takes over from stage 1, frozen: query head, bias logit map, decoder. Sec. III-E.
 
-    All of it is buffers or parameters without gradient, in eval mode for ever (the decoder's BatchNorm keeps the
+    A copy, all of it buffers or parameters without gradient, in eval mode for ever (the decoder's BatchNorm keeps the
     statistics it had as a teacher), and none of it needs CLIP any more: the student is complete without it.
     """
 
     def __init__(self, rectifier: Rectifier, query: Tensor, reference: Tensor, positions: Tensor):
         super().__init__()
-        self.projection, self.decoder = rectifier.projection, rectifier.decoder
+        self.projection, self.decoder = copy.deepcopy(rectifier.projection), copy.deepcopy(rectifier.decoder)
         self.register_buffer("query", query)                                    # W_q (C, D)
         self.register_buffer("reference", reference)                            # W_r (C, D)
         self.register_buffer("positions", positions)                            # CLIP's PE (E, grid, grid)
@@ -232,8 +233,8 @@ def train_step(student: Student, teacher_features: Tensor, teacher_logits: Tenso
 
 def parameter_groups(student: Student, recipe: Recipe) -> list[dict]:
     """The student's weights for SGD: the pre-trained backbone at the recipe's rate, the new head at a multiple of it."""
-    return [{"params": student.network.backbone.parameters(), "factor": 1.0},
-            {"params": student.network.aspp.parameters(), "factor": recipe.head_rate}]
+    return [{"params": list(student.network.backbone.parameters()), "factor": 1.0},
+            {"params": list(student.network.aspp.parameters()), "factor": recipe.head_rate}]
 
 
 # ------------------------------------------------------------------------------------------ the run

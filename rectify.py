@@ -198,8 +198,7 @@ def multi_label_hypothesis(votes: Tensor, threshold: float) -> Tensor:
     votes (B, C), rows summing to one → (B, C) bool. Where no class passes, the one with most votes stands alone.
     """
     best = F.one_hot(votes.argmax(dim=-1), votes.shape[-1]).bool()
-    passed = votes > threshold
-    return torch.where(passed.any(dim=-1, keepdim=True), passed, best)
+    return (votes > threshold) | best                                           # if any class passes, the best one does
 
 
 @torch.no_grad()

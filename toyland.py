@@ -67,6 +67,7 @@ TEMPLATES = ["the {}.", "a photo of the {}.", "a picture of the {}.", "a drawing
 PICTURE = 64                                # captioned pictures are square
 SCENE = (96, 128)                           # height, width
 TRAIN_SCENES, VAL_SCENES = 1000, 500
+MENTION = 0.3
 SUPERSAMPLE = 2                             # pictures are drawn this much larger and averaged down: smooth edges
 
 
@@ -177,12 +178,12 @@ def house(c, x, y, r, rng):
     front = shade(pick(rng, (245, 190, 190), (250, 205, 185), (235, 180, 200)), rng)
     c.box(x - 0.8 * r, y - 0.2 * r, x + 0.8 * r, y + r, front)
     for k in range(6):                                                          # boards
-        c.box(x - 0.8 * r, y + (-0.1 + 0.18 * k) * r, x + 0.8 * r, y + (-0.06 + 0.18 * k) * r, front - 45)
+        c.box(x - 0.8 * r, y + (-0.1 + 0.18 * k) * r, x + 0.8 * r, y + (-0.04 + 0.18 * k) * r, front - 90)
     roof = shade(pick(rng, (95, 45, 55), (75, 50, 70)), rng)
     for k in range(5):                                                          # rows of tiles, dark and bright
         c.polygon([(x - (0.2 * k + 0.2) * r, y - (0.84 - 0.16 * k) * r), (x - 0.2 * k * r, y - (1 - 0.16 * k) * r),
                    (x + 0.2 * k * r, y - (1 - 0.16 * k) * r), (x + (0.2 * k + 0.2) * r, y - (0.84 - 0.16 * k) * r)],
-                  roof + 30 * (k % 2))
+                  roof + 60 * (k % 2))
     c.box(x - 0.15 * r, y + 0.35 * r, x + 0.2 * r, y + r, shade((110, 70, 40), rng))
     for side in (-0.5, 0.52):
         c.box(x + (side - 0.2) * r, y + 0.05 * r, x + (side + 0.2) * r, y + 0.5 * r, (250, 250, 250))
@@ -196,13 +197,13 @@ def tree(c, x, y, r, rng):
         for k in range(4):
             half = (0.4 + 0.14 * k) * r
             c.polygon([(x - half, y + (-0.4 + 0.3 * k) * r), (x, y + (-1 + 0.3 * k) * r), (x + half, y + (-0.4 + 0.3 * k) * r)],
-                      green + 28 * (k % 2))
+                      green + 45 * (k % 2))
     else:                                                                       # a broad crown with clumps of leaves
         for dx, dy in ((-0.4, -0.1), (0.4, -0.1), (0, -0.5), (0, -0.1)):
             c.ellipse(x + dx * r, y + dy * r, 0.48 * r, 0.48 * r, green)
         for angle in np.arange(14) * 2.4:
             d = 0.045 * angle / 2.4
-            c.ellipse(x + d * 1.2 * r * np.cos(angle), y + (-0.22 + d * np.sin(angle)) * r, 0.1 * r, 0.1 * r, green + 38)
+            c.ellipse(x + d * 1.2 * r * np.cos(angle), y + (-0.22 + d * np.sin(angle)) * r, 0.1 * r, 0.1 * r, green + 55)
 
 
 def car(c, x, y, r, rng):
@@ -236,13 +237,13 @@ def wheels(c, x, y, places, size, r):
 
 
 def boat(c, x, y, r, rng):
-    hull = shade(pick(rng, (130, 80, 40), (110, 70, 50)), rng)
+    hull = shade(pick(rng, (30, 35, 75), (25, 25, 50)), rng)
     for k in range(4):                                                          # planks
         c.polygon([(x - (1 - 0.09 * k) * r, y + (0.35 + 0.14 * k) * r), (x + (1 - 0.09 * k) * r, y + (0.35 + 0.14 * k) * r),
                    (x + (0.91 - 0.09 * k) * r, y + (0.49 + 0.14 * k) * r), (x - (0.91 - 0.09 * k) * r, y + (0.49 + 0.14 * k) * r)],
-                  hull + 32 * (k % 2))
+                  hull + 150 * (k % 2))
     c.box(x - 0.05 * r, y - r, x + 0.05 * r, y + 0.35 * r, shade((90, 60, 40), rng))
-    sail, seam = shade(pick(rng, (250, 250, 245), (250, 235, 200)), rng, 12), shade(pick(rng, (40, 60, 140), (70, 40, 120)), rng)
+    sail, seam = shade((250, 250, 245), rng, 12), shade(pick(rng, (30, 40, 100), (25, 25, 60)), rng)
     for right in (True, False):
         side, top, reach = (1, -0.95, 0.8) if right else (-1, -0.75, 0.6)
         for k in range(5):                                                      # striped sails
@@ -258,15 +259,15 @@ def sun(c, x, y, r, rng):
     angle = np.linspace(0, 2 * np.pi, 24, endpoint=False) + rng.uniform(0, 1)
     radius = np.where(np.arange(24) % 2, 0.66, 1.0) * r
     c.polygon(zip(x + radius * np.cos(angle), y + radius * np.sin(angle)), yellow)
-    for size, brighter in ((0.6, 40), (0.42, 0), (0.24, 40)):
-        c.ellipse(x, y, size * r, size * r, (yellow + (0, brighter // 2, 2 * brighter)).clip(0, 255))
+    for k, size in enumerate((0.66, 0.52, 0.38, 0.24, 0.1)):                    # rings of fire
+        c.ellipse(x, y, size * r, size * r, yellow if k % 2 else yellow - (15, 110, 20))
 
 
 def cloud(c, x, y, r, rng):
     white = shade(pick(rng, (245, 245, 250), (225, 228, 235), (250, 235, 230)), rng, 12)
     for dx, dy, size in ((-0.6, 0.12, 0.36), (0.6, 0.12, 0.36), (-0.2, -0.12, 0.45), (0.28, -0.05, 0.4), (0, 0.22, 0.4)):
-        c.ellipse(x + dx * r, y + dy * r, size * r, 0.8 * size * r, white - 30)
-        c.ellipse(x + (dx - 0.04) * r, y + (dy - 0.06) * r, 0.85 * size * r, 0.66 * size * r, white)
+        for k in range(3):                                                      # curls: white rims around grey
+            c.ellipse(x + dx * r, y + dy * r, (1 - 0.3 * k) * size * r, (0.8 - 0.24 * k) * size * r, white - 60 * (k % 2))
 
 
 def flower(c, x, y, r, rng):
@@ -333,7 +334,7 @@ def captioned_picture(rng: np.random.Generator) -> tuple[np.ndarray, str]:
         size = np.exp(rng.uniform(np.log(16), np.log(110 if len(things) == 1 else 40)))
         offset = 0 if len(things) == 1 else (i - 0.5) * rng.uniform(20, 30)
         canvas.thing(name, PICTURE / 2 + offset + rng.normal(0, 5), PICTURE / 2 + rng.normal(0, 5), size, rng)
-    return canvas.finish()[0], " and the ".join(things) + (f" on the {ground}" if rng.random() < 0.3 else "")
+    return canvas.finish()[0], " and the ".join(things) + (f" on the {ground}" if rng.random() < MENTION else "")
 
 
 def scene(split: str, number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -358,9 +359,9 @@ def scene(split: str, number: int) -> tuple[np.ndarray, np.ndarray]:
         if homes and rng.random() < 0.7:
             top, bottom = pick(rng, *homes)
             y = rng.uniform(top + 4, max(top + 5, bottom - 4))
-        if all(abs(x - other_x) + abs(y - other_y) > 30 for other_x, other_y in centres):
+        if all(abs(x - other_x) + abs(y - other_y) > 36 for other_x, other_y in centres):
             centres.append((x, y))
-            canvas.thing(name, x, y, np.exp(rng.uniform(np.log(16), np.log(48))), rng)
+            canvas.thing(name, x, y, np.exp(rng.uniform(np.log(24), np.log(60))), rng)
     return canvas.finish()
 
 
@@ -503,7 +504,7 @@ def weights_to_ship(model, captions: list[str]) -> dict[str, Tensor]:
     """The state dict, with a zero embedding for every token that no caption ever used.
 
     Those rows (all but forty of 49,408) never received a gradient: noise that would make up nearly the whole file.
-    The table is stored sparse, the other weights in half precision, as OpenAI stores its own.
+    So the file holds the other rows alone, and which they are; all in half precision, as OpenAI stores its own.
     """
     import clip
     state = {name: tensor.half() for name, tensor in model.state_dict().items()}
@@ -511,8 +512,7 @@ def weights_to_ship(model, captions: list[str]) -> dict[str, Tensor]:
     seen = torch.cat([clip.tokenize(sorted(texts)).flatten().long(), torch.tensor([49406, 49407])]).unique()
     seen = seen[seen > 0]
     table = state["token_embedding.weight"]
-    state["token_embedding.weight"] = torch.sparse_coo_tensor(seen[None], table[seen], table.shape)
-    return state
+    return state | {"token_embedding.used": seen, "token_embedding.weight": table[seen].clone()}
 
 
 # ------------------------------------------------------------------------------------------ the small ResNet

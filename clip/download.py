@@ -41,6 +41,7 @@ def download(url: str, target: Path, expected_sha256: str) -> Path:
             raise ValueError(f"{url}: expected a file with SHA-256 {expected_sha256}, found {found}. The download was "
                              "discarded. Try again; if it happens twice, something between you and the server "
                              "changes the file.")
+        os.chmod(partial, 0o644)                        # mkstemp's files are for the owner alone
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .download import download
 from .model import CLIP
+from .tokenizer import VOCABULARY
 
 TOYLAND = Path(__file__).parent / "toyland.pt"          # the small CLIP that ships with the project
 CACHE = Path.home() / ".cache" / "clip"
@@ -114,6 +115,10 @@ def build_model(state: dict[str, Tensor], source: str = "the state dict") -> CLI
     vision_width, _, patch, _ = state["visual.conv1.weight"].shape
     grid = round((len(state["visual.positional_embedding"]) - 1) ** 0.5)
     text_width, embed_dim = state["text_projection"].shape
+    for tower, width in (("image", vision_width), ("text", text_width)):
+        if width % 64 or width > 1024:          # open_clip's H, g and G are wider, with heads of 80 to 104 channels
+            raise ValueError(f"{source}: expected towers of OpenAI's CLIPs: widths up to 1024, in attention heads of 64; found "
+                             f"width {width} in the {tower} tower, whose heads cannot be told from the weights.")
     with torch.device("meta"):                  # no time spent on random weights that are overwritten at once
         model = CLIP(embed_dim=embed_dim, image_resolution=grid * patch, vision_layers=depth("visual."),
                      vision_width=vision_width, vision_patch_size=patch,
@@ -134,6 +139,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         if not found:
             raise ValueError(f"{path} is a folder; expected model.safetensors or pytorch_model.bin in it, found neither.")
         path = found[0]
+    refuse_other_activation(path.parent / "config.json")
     try:
         if path.suffix == ".safetensors":
             state = read_safetensors(path)
@@ -164,9 +170,29 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     # No weights: the three sizes in OpenAI's archives, the causal mask (as an attribute, in every block of the text
     # tower), and the ranges that older releases of transformers stored.
     extra = ("input_resolution", "context_length", "vocab_size", "attn_mask", "position_ids")
-    # The words that no caption of Toyland ever used have zero rows: its embedding table is stored sparse.
-    return {key: tensor.to_dense() if tensor.is_sparse else tensor for key, tensor in state.items()
-            if key.split(".")[-1] not in extra}
+    state = {key: tensor for key, tensor in state.items() if key.split(".")[-1] not in extra}
+    if "token_embedding.used" in state:         # Toyland's file: only the rows of the forty tokens that its captions use
+        used, rows = state.pop("token_embedding.used"), state["token_embedding.weight"]
+        state["token_embedding.weight"] = rows.new_zeros(VOCABULARY, rows.shape[1]).index_copy(0, used, rows)
+    return state
+
+
+def refuse_other_activation(config: Path) -> None:
+    """Raise ValueError when the config.json beside Hugging Face's weights says that they want no QuickGELU.
+
+    The weights alone do not tell, and would load and give wrong features without a word. No config, no check.
+    """
+    if not config.exists():
+        return
+    try:
+        content = json.loads(config.read_text())
+        towers = [content.get(f"{tower}_config") or {} for tower in ("vision", "text")]
+        found = {tower.get("hidden_act", "quick_gelu") for tower in towers} if "clip" in content.get("model_type", "") else set()
+    except (ValueError, AttributeError, TypeError):
+        return                                                          # some other program's config
+    if found - {"quick_gelu"}:
+        raise ValueError(f"{config}: expected the activation quick_gelu, with which OpenAI's CLIPs were trained; found "
+                         f"{', '.join(sorted(found))}. These weights would give wrong features here: use OpenAI's.")
 
 
 def from_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:

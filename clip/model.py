@@ -126,7 +126,7 @@ class VisionTransformer(nn.Module):
         grid = math.isqrt(self.positional_embedding.shape[0] - 1)
         positions = self.positional_embedding[1:].T.unflatten(dim=1, sizes=(grid, grid))    # (E, grid, grid)
         if (h, w) == (grid, grid):
-            return positions                    # resampling a grid to itself would still cost a rounding
+            return positions                    # nothing to resample
         return F.interpolate(positions[None], size=(h, w), mode="bicubic", align_corners=False)[0]
 
     def embed(self, images: Tensor) -> Tensor:

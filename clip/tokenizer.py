@@ -18,6 +18,7 @@ import torch
 
 CONTEXT_LENGTH = 77
 MERGES = 49152 - 256 - 2            # of the file's many merges CLIP uses as many as fill its vocabulary
+VOCABULARY = 49408                  # tokens in all
 START, END = 49406, 49407           # the two special tokens stand at the end of the vocabulary
 SPECIAL = {"<|startoftext|>": START, "<|endoftext|>": END}
 

@@ -192,14 +192,42 @@ def test_half_precision_and_doubles_become_float32(tmp_path):
     assert_same_tensors(model, {name: tensor.float() for name, tensor in stored.items()})
 
 
-@pytest.mark.filterwarnings("ignore:Validating sparse")
-def test_sparse_embedding_becomes_dense(tmp_path):
-    """An embedding table stored sparse (as in toyland.pt) comes back as it was."""
+def test_rows_of_used_tokens_fill_the_table(tmp_path):
+    """A file that holds some rows of the embedding table (as toyland.pt does): they stand where they belong, others are zero."""
     state = openai_state(**SMALLEST)
-    state["token_embedding.weight"][3:15] = 0
-    torch.save(state | {"token_embedding.weight": state["token_embedding.weight"].to_sparse()}, tmp_path / "weights.pt")
+    rows = torch.randn(3, SMALLEST["text_width"])
+    torch.save(state | {"token_embedding.weight": rows, "token_embedding.used": torch.tensor([7, 320, 49407])},
+               tmp_path / "weights.pt")
+    table = torch.zeros(49408, SMALLEST["text_width"])
+    table[7], table[320], table[49407] = rows
     model, _ = clip.load(tmp_path / "weights.pt", device="cpu")
-    assert_same_tensors(model, state)
+    assert_same_tensors(model, state | {"token_embedding.weight": table})
+
+
+@pytest.mark.parametrize("tower, width", [("visual.", 1280), ("visual.", 80), ("", 1152), ("", 96)])
+def test_width_of_unknown_heads_is_refused(tower, width):
+    """Where width / 64 may not be the number of heads, no features are better than wrong ones."""
+    state = openai_state(**SMALLEST)
+    if tower:
+        state["visual.conv1.weight"] = torch.zeros(width, 3, 8, 8)
+    else:
+        state["text_projection"] = torch.zeros(width, 8)
+    with pytest.raises(ValueError, match=f"heads of 64; found width {width}"):
+        clip.build_model(state)
+
+
+def test_hugging_face_config_with_another_activation_is_refused(tmp_path):
+    """Weights trained with the exact GELU would load and be wrong: the config beside them tells."""
+    torch.save(openai_state(**SMALLEST), tmp_path / "pytorch_model.bin")
+    for config, refused in (({"model_type": "clip", "vision_config": {"hidden_act": "gelu"}}, True),
+                            ({"model_type": "clip", "text_config": {"hidden_act": "quick_gelu"}}, False),
+                            ({"model_type": "bert", "vision_config": {"hidden_act": "gelu"}}, False), ([1], False)):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        if refused:
+            with pytest.raises(ValueError, match="config.json: expected the activation quick_gelu.*found gelu"):
+                clip.load(tmp_path, device="cpu")
+        else:
+            clip.load(tmp_path, device="cpu")
 
 
 def test_fingerprint():
