@@ -66,7 +66,6 @@ class Recipe:
     distort: bool = True                    # [code] photometric distortion
     batch_size: int = 16                    # [code]
     learning_rate: float = 0.01             # [code] SGD
-    head_rate: float = 10.0                 # [DeepLab V2, Sec. 4.1] the new head learns ten times faster
     momentum: float = 0.9                   # [code]
     weight_decay: float = 5e-4              # [code]
     poly_power: float = 0.9                 # [code]
@@ -231,12 +230,6 @@ def train_step(student: Student, teacher_features: Tensor, teacher_logits: Tenso
     return loss, {"mask": of_masks.item(), "feature": of_features.item(), "text": of_text.item()}
 
 
-def parameter_groups(student: Student, recipe: Recipe) -> list[dict]:
-    """The student's weights for SGD: the pre-trained backbone at the recipe's rate, the new head at a multiple of it."""
-    return [{"params": list(student.network.backbone.parameters()), "factor": 1.0},
-            {"params": list(student.network.aspp.parameters()), "factor": recipe.head_rate}]
-
-
 # ------------------------------------------------------------------------------------------ the run
 
 
@@ -287,7 +280,7 @@ def main(args: argparse.Namespace) -> Path:
     student = build_student(world, rectifier, query, recipe.backbone)
     with torch.no_grad():
         reference = reference_features(world.clip_model, rectifier.prompt, world.vocabulary.names)
-    optimizer = torch.optim.SGD(parameter_groups(student, recipe), lr=recipe.learning_rate, momentum=recipe.momentum,
+    optimizer = torch.optim.SGD(student.network.parameters(), lr=recipe.learning_rate, momentum=recipe.momentum,
                                 weight_decay=recipe.weight_decay)
     run = runs.Training(world.folder("distill"), "distill", settings, header, student, optimizer, steps=steps, steps_per_epoch=per_epoch,
                         resume=args.resume)
@@ -309,7 +302,7 @@ def main(args: argparse.Namespace) -> Path:
             run.refuse_non_finite(loss, step, ids)
             rate = max(recipe.floor_rate, poly_rate(recipe.learning_rate, step, steps, recipe.poly_power))
             for group in optimizer.param_groups:
-                group["lr"] = rate * group["factor"]
+                group["lr"] = rate
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -99,6 +99,7 @@ def query_features(clip_model: clip.CLIP, vocabulary: data.Vocabulary) -> Tensor
     return torch.stack(rows)
 
 
+@runs.in_float32
 def query_logits(features: Tensor, query: Tensor) -> Tensor:
     """M_q = Z W_qᵀ: cosine of every patch with every class, MaskCLIP's prediction. Sec. III-A.
 
@@ -121,6 +122,7 @@ def reference_features(clip_model: clip.CLIP, prompt: Tensor, class_names: list[
     return reference / reference.norm()
 
 
+@runs.in_float32
 def bias_logits(positions: Tensor, projection: nn.Conv2d, reference: Tensor) -> Tensor:
     """M_b = W_p W_rᵀ: how much too often CLIP says a class at a place, whatever the picture. Eq. 2, Sec. III-B.
 
@@ -245,6 +247,7 @@ class WholeImages(torch.utils.data.Dataset):
 # ------------------------------------------------------------------------------------------ the loss
 
 
+@runs.in_float32
 def contrastive_loss(features: Tensor, masks: Tensor, query: Tensor, hypothesis: Tensor, scale: float) -> Tensor:
     """What the mask of class k covers should look like k to CLIP, and like no other class. Eq. 7, Sec. III-D.
 

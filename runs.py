@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -90,6 +91,20 @@ def autocast(device, precision: str):
     """float32 is the truth; `bf16` runs matrix products and convolutions in bfloat16."""
     import torch
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def in_float32(function):
+    """Decorator: autocast does not reach into `function`, whose first argument is a tensor.
+
+    For cosines that are multiplied by 1/τ = 100: bfloat16 has eight bits, and would move those logits by half a unit.
+    """
+    @functools.wraps(function)
+    def wrapped(tensor, *args, **kwargs):
+        import torch
+        with torch.autocast(tensor.device.type, enabled=False):
+            return function(tensor, *args, **kwargs)
+
+    return wrapped
 
 
 @contextlib.contextmanager

@@ -67,7 +67,8 @@ TEMPLATES = ["the {}.", "a photo of the {}.", "a picture of the {}.", "a drawing
 PICTURE = 64                                # captioned pictures are square
 SCENE = (96, 128)                           # height, width
 TRAIN_SCENES, VAL_SCENES = 1000, 500
-MENTION = 0.3
+PLAIN = 0.35                                # share of captioned pictures with stuff alone
+MENTION = 0.15                              # share of captions that say what lies behind the things
 SUPERSAMPLE = 2                             # pictures are drawn this much larger and averaged down: smooth edges
 
 
@@ -312,7 +313,7 @@ def captioned_picture(rng: np.random.Generator) -> tuple[np.ndarray, str]:
     """`(picture (64, 64, 3) uint8, what the caption names)`, for instance "car and the tree on the grass"."""
     canvas = Canvas(PICTURE, PICTURE)
     zoom = np.exp(rng.uniform(0, np.log(3)))                    # photographs are taken from near and far
-    if rng.random() < 0.25:                                     # a picture of stuff alone: one, or two with a horizon
+    if rng.random() < PLAIN:                                    # a picture of stuff alone: one, or two with a horizon
         stuffs = [str(name) for name in rng.choice([*STUFF], size=rng.integers(1, 3), replace=False)]
         if "sky" in stuffs:
             stuffs.sort(key="sky".__ne__)                       # the sky is above
@@ -518,14 +519,14 @@ def weights_to_ship(model, captions: list[str]) -> dict[str, Tensor]:
 # ------------------------------------------------------------------------------------------ the small ResNet
 
 class SmallResNet(torchvision.models.ResNet):
-    """torchvision's ResNet with two bottlenecks a stage and an eighth of the channels: 32, 64, 128, 256."""
+    """torchvision's ResNet with two bottlenecks a stage and few channels: 32, 64, 128 and again 128."""
 
     def __init__(self):
         super().__init__(Bottleneck, [2, 2, 2, 2], num_classes=len(CLASSES), replace_stride_with_dilation=[False, True, True])
         self.fc = torch.nn.Linear(self.inplanes, len(CLASSES))
 
     def _make_layer(self, block, planes, *args, **kwargs):
-        return super()._make_layer(block, planes // 8, *args, **kwargs)
+        return super()._make_layer(block, min(planes // 8, 32), *args, **kwargs)
 
 
 RESNET_WEIGHTS = Path(__file__).parent / "clip" / "toyland_resnet.pt"

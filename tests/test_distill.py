@@ -287,24 +287,13 @@ def test_inherited_stays_in_eval_mode(world):
 def test_training_changes_nothing_that_was_inherited(student, lesson):
     """After a step the network's weights and statistics are others; every inherited tensor has its old bits."""
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-    optimizer = torch.optim.SGD(distill.parameter_groups(student, distill.Recipe()), lr=0.1, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1, weight_decay=5e-4)
     loss, _ = step(student, lesson)
     loss.backward()
     optimizer.step()
     changed = {name for name, tensor in student.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed == {name for name in before if name.startswith("network.")}
     assert any(name.endswith("running_mean") for name in before if name.startswith("inherited."))
-
-
-def test_optimiser_gets_the_network_and_nothing_else(student):
-    """Every weight of backbone and head once; the new head at ten times the rate; nothing inherited."""
-    groups = distill.parameter_groups(student, distill.Recipe())
-    given = [id(parameter) for group in groups for parameter in group["params"]]
-    groups = distill.parameter_groups(student, distill.Recipe())           # parameters() is an iterator: it was used up
-    assert sorted(given) == sorted(map(id, student.network.parameters()))
-    factor = {id(parameter): group["factor"] for group in groups for parameter in group["params"]}
-    assert all(factor[id(parameter)] == 10 for parameter in student.network.aspp.parameters())
-    assert all(factor[id(parameter)] == 1 for parameter in student.network.backbone.parameters())
 
 
 # ------------------------------------------------------------------------------------------ who learns from what
@@ -390,11 +379,9 @@ def test_pseudo_labels_are_the_teachers_argmax_everywhere(monkeypatch, student, 
 
 def test_training_lowers_every_loss(student, lesson):
     """Fifteen steps on one batch: the student comes nearer to the masks, the features and the words."""
-    optimizer = torch.optim.SGD(distill.parameter_groups(student, distill.Recipe()), lr=0.02, momentum=0.9)
+    optimizer = torch.optim.SGD(student.network.parameters(), lr=0.02, momentum=0.9)
     history = []
     for number in range(15):
-        for group in optimizer.param_groups:
-            group["lr"] = 0.02 * group["factor"]
         loss, parts = step(student, lesson, seed=number)
         optimizer.zero_grad()
         loss.backward()
@@ -447,8 +434,8 @@ def test_load_student_refuses_other_words_and_another_clip(world, student):
 # ------------------------------------------------------------------------------------------ the numbers
 
 def test_the_recipe_of_voc_is_the_papers():
-    """Every number of stage 2 on VOC, as the paper and the released code have it; the head's tenfold rate is DeepLab's."""
+    """Every number of stage 2 on VOC, as the paper and the released code have it."""
     assert asdict(distill.RECIPES["voc"]) == dict(
         backbone="resnet50", feature_weight=0.5, text_weight=0.5, short_side=512, crop=(512, 512), scale=(0.5, 2.0),
-        distort=True, batch_size=16, learning_rate=0.01, head_rate=10.0, momentum=0.9, weight_decay=5e-4, poly_power=0.9,
+        distort=True, batch_size=16, learning_rate=0.01, momentum=0.9, weight_decay=5e-4, poly_power=0.9,
         floor_rate=1e-4, epochs=100)

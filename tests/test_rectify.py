@@ -508,6 +508,21 @@ def test_eq7_only_classes_of_the_hypothesis_count():
     assert rectify.contrastive_loss(features, other, query, HYPOTHESIS, scale=20.0).item() == loss.item()
 
 
+def test_autocast_leaves_cosines_bias_and_loss_in_float32():
+    """Under --precision bf16 the three that are multiplied by 1/τ are the very bits of float32."""
+    features, query, masks = unit(2, D, 3, 4, dim=1), unit(5, D), random(2, 5, 3, 4).softmax(dim=1)
+    projection, positions = torch.nn.Conv2d(E, D, kernel_size=1), random(E, 3, 4)
+
+    def results():
+        return (rectify.query_logits(features, query), rectify.bias_logits(positions, projection, query),
+                rectify.contrastive_loss(features, masks, query, torch.ones(2, 5, dtype=torch.bool), 100.0))
+
+    expected = results()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (features[0, :, 0] @ features[0, :, 0].T).dtype == torch.bfloat16            # it is on
+        assert all(found.dtype == torch.float32 and torch.equal(found, wanted) for found, wanted in zip(results(), expected))
+
+
 # ------------------------------------------------------------------------------------------ training
 
 def test_rectifier_holds_what_stage_1_trains_and_nothing_else(model):

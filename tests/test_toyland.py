@@ -272,14 +272,14 @@ def test_pretraining_follows_its_seed_and_its_shipped_file_is_a_clip(tmp_path, m
 
 @pytest.mark.parametrize("height, width", [(64, 64), (96, 128), (100, 75)])
 def test_small_resnet_has_output_stride_8(height, width):
-    """32, 64, 128, 256 channels at strides 4, 8, 8, 8: dilation in place of the last two strides."""
+    """32, 64, 128, 128 channels at strides 4, 8, 8, 8: dilation in place of the last two strides."""
     resnet = toyland.small_resnet(pretrained=False).eval()
     x = resnet.maxpool(resnet.relu(resnet.bn1(resnet.conv1(torch.randn(1, 3, height, width)))))
     for layer, channels, stride in ((resnet.layer1, 32, 4), (resnet.layer2, 64, 8), (resnet.layer3, 128, 8),
-                                    (resnet.layer4, 256, 8)):
+                                    (resnet.layer4, 128, 8)):
         x = layer(x)
         assert x.shape == (1, channels, -(-height // stride), -(-width // stride))
-    assert resnet.fc.in_features == 256 and resnet.fc.out_features == 16
+    assert resnet.fc.in_features == 128 and resnet.fc.out_features == 16
     dilations = [layer[-1].conv2.dilation for layer in (resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4)]
     assert dilations == [(1, 1), (1, 1), (2, 2), (4, 4)]
 
