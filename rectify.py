@@ -75,11 +75,13 @@ RECIPES = {
     "voc": Recipe(),
     # [ours] Images of unknown kind: VOC's numbers, but any class that wins one window may be there.
     "folder": Recipe(vote_threshold=0.0),
-    # [ours] Toyland's scenes at 1.5 times their size, larger batches and windows, to fit two cores. Softer masks and a
-    # smaller 1/τ than OpenAI's 100, which the small CLIP never reached: with 100 and 100, half of the classes died early.
-    "toyland": Recipe(dense_path="value", window_ratio=1 / 3, mask_scale=1.0, loss_scale=20.0, vote_threshold=0.05, short_side=144,
-                      crop=(144, 192), scale=(1.0, 1.0), distort=False, batch_size=16, learning_rate=0.1, horizon=8,
-                      epochs=8),
+    # [ours] Toyland's scenes at 1.5 times their size, larger windows and batches, to fit two cores. The scales of masks
+    # and loss are smaller than with OpenAI's CLIP, whose logits had a factor of 100 from the start. With mask_scale=3 or
+    # more a class that loses to its neighbour early (car to bus) is never drawn again and dies; with loss_scale=20 or
+    # more large stuffs are sure of themselves too soon and leave their doubtful patches to things.
+    "toyland": Recipe(dense_path="value", window_ratio=1 / 4, vote_threshold=0.05, mask_scale=2.0, loss_scale=12.0,
+                      short_side=144, crop=(144, 192), scale=(1.0, 1.0), distort=False, batch_size=8, learning_rate=0.1,
+                      horizon=8, epochs=8),
 }
 
 # ------------------------------------------------------------------------------------------ what CLIP says

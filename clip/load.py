@@ -117,8 +117,8 @@ def build_model(state: dict[str, Tensor], source: str = "the state dict") -> CLI
     text_width, embed_dim = state["text_projection"].shape
     for tower, width in (("image", vision_width), ("text", text_width)):
         if width % 64 or width > 1024:          # open_clip's H, g and G are wider, with heads of 80 to 104 channels
-            raise ValueError(f"{source}: expected towers of OpenAI's CLIPs: widths up to 1024, in attention heads of 64; found "
-                             f"width {width} in the {tower} tower, whose heads cannot be told from the weights.")
+            raise ValueError(f"{source}: expected the towers of OpenAI's CLIPs, widths up to 1024 in attention heads of 64; "
+                             f"found width {width} in the {tower} tower, whose heads cannot be told from the weights.")
     with torch.device("meta"):                  # no time spent on random weights that are overwritten at once
         model = CLIP(embed_dim=embed_dim, image_resolution=grid * patch, vision_layers=depth("visual."),
                      vision_width=vision_width, vision_patch_size=patch,
@@ -187,7 +187,8 @@ def refuse_other_activation(config: Path) -> None:
     try:
         content = json.loads(config.read_text())
         towers = [content.get(f"{tower}_config") or {} for tower in ("vision", "text")]
-        found = {tower.get("hidden_act", "quick_gelu") for tower in towers} if "clip" in content.get("model_type", "") else set()
+        is_clip = "clip" in content.get("model_type", "")
+        found = {tower.get("hidden_act", "quick_gelu") for tower in towers if is_clip}
     except (ValueError, AttributeError, TypeError):
         return                                                          # some other program's config
     if found - {"quick_gelu"}:

@@ -64,6 +64,14 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x)
         return self.merge(F.scaled_dot_product_attention(q, k, v, is_causal=causal))
 
+    def first(self, x: Tensor) -> Tensor:
+        """The same for token 0 alone: (B, T, E) → (B, 1, E). Its query meets the keys and values of all tokens."""
+        E = x.shape[-1]
+        q = F.linear(x[:, :1], self.in_proj_weight[:E], self.in_proj_bias[:E])                  # (B, 1, E)
+        k, v = F.linear(x, self.in_proj_weight[E:], self.in_proj_bias[E:]).chunk(2, dim=-1)     # (B, T, E)
+        q, k, v = (part.unflatten(dim=2, sizes=(self.heads, -1)).transpose(1, 2) for part in (q, k, v))
+        return self.merge(F.scaled_dot_product_attention(q, k, v))
+
     def values(self, x: Tensor) -> Tensor:
         """Every token attends to itself alone: the output projection of its own value. (B, T, E) → (B, T, E).
 
@@ -87,6 +95,11 @@ class Block(nn.Module):
     def forward(self, x: Tensor, causal: bool = False) -> Tensor:
         x = x + self.attn(self.ln_1(x), causal)
         return x + self.mlp(self.ln_2(x))
+
+    def first(self, x: Tensor) -> Tensor:
+        """The block's output for token 0 alone, (B, T, E) → (B, 1, E)."""
+        first = x[:, :1] + self.attn.first(self.ln_1(x))
+        return first + self.mlp(self.ln_2(first))
 
 
 class Transformer(nn.Module):
@@ -149,7 +162,11 @@ class VisionTransformer(nn.Module):
         return self.ln_post(x[:, 0]) @ self.proj
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.pool(self.transformer(self.embed(images)))
+        *blocks, last = self.transformer.resblocks
+        x = self.embed(images)
+        for block in blocks:
+            x = block(x)
+        return self.pool(last.first(x))             # exact: nothing else of the last block's output is read
 
     def dense(self, images: Tensor, path: str) -> Tensor:
         """Patch features before normalisation, (B, n, D), by one of three ways through the last block."""

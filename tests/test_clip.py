@@ -218,6 +218,13 @@ def test_global_features_at_other_sizes(pair, size):
 
 
 @torch.no_grad()
+def test_first_token_of_a_block_equals_the_whole_block(pair):
+    """The last block runs for the class token alone: what `pool` reads is what the whole block gives."""
+    block = pair[0].visual.transformer.resblocks[-1]
+    x = torch.randn(3, 10, pair[0].visual.conv1.out_channels, generator=torch.Generator().manual_seed(0))
+    assert relative(block.first(x), block(x)[:, :1]) <= 1e-6
+
+
 @pytest.mark.parametrize("path", clip.DENSE_PATHS)
 def test_dense_features_of_a_batch(pair, path):
     """Images in a batch do not touch one another, and each patch's vector has length one."""
