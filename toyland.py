@@ -371,14 +371,15 @@ def scene(split: str, number: int) -> tuple[np.ndarray, np.ndarray]:
 def draw_dataset(root: Path) -> Path:
     """Draw Toyland's dataset once, into `root`/toyland: images/{train,val}/*.png and labels/val/*.png.
 
-    What is there already is kept. The training scenes' truth is not written: nothing that trains could read it.
+    What is there already is kept, unless this file draws another world than it did then. The training scenes' truth is not written: nothing that trains could read it.
     Files are written under a temporary name and renamed, so that a killed run leaves no half picture behind.
     """
     root = Path(root) / "toyland"
     wanted = [(split, f"{number:04d}.png", number) for split, count in (("train", TRAIN_SCENES), ("val", VAL_SCENES))
               for number in range(count)]
+    changed = another_world(root)
     missing = [(split, name, number) for split, name, number in wanted
-               if not (root / "images" / split / name).exists()
+               if changed or not (root / "images" / split / name).exists()
                or split == "val" and not (root / "labels" / split / name).exists()]
     if missing:
         for folder in ("images/train", "images/val", "labels/val"):
@@ -391,6 +392,15 @@ def draw_dataset(root: Path) -> Path:
                 label.putpalette([value for colour in PALETTE for value in colour])
                 write_png(label, root / "labels" / split / name)
     return root
+
+
+def another_world(root: Path, samples: int = 8) -> bool:
+    """Whether the first validation scenes on disk differ from those that would be drawn now (a class was added, say)."""
+    for number in range(samples):                           # images alone: who draws for a training opens no label
+        path = root / "images" / "val" / f"{number:04d}.png"
+        if path.exists() and not np.array_equal(np.asarray(Image.open(path)), scene("val", number)[0]):
+            return True
+    return False
 
 
 def write_png(image: Image.Image, path: Path) -> None:

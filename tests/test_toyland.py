@@ -162,6 +162,17 @@ def test_missing_file_is_drawn_again_and_others_are_kept(tmp_path, few_scenes):
     assert kept.stat().st_mtime_ns == 1
 
 
+def test_scenes_of_another_world_are_drawn_anew(tmp_path, few_scenes, monkeypatch):
+    """Who changes the drawing (exercise: add a class) gets new scenes, not those of yesterday."""
+    root = toyland.draw_dataset(tmp_path)
+    content = {name: (root / name).read_bytes() for name in files_in(root)}
+    monkeypatch.setitem(toyland.TEXTURES, "sky", lambda H, W, rng: 255 - toyland.sky(H, W, rng))
+    toyland.draw_dataset(tmp_path)
+    changed = {name for name in files_in(root) if (root / name).read_bytes() != content[name]}
+    assert any(name.startswith("images/train") for name in changed) and any(name.startswith("images/val") for name in changed)
+    assert not any(name.startswith("labels") for name in changed)               # the same shapes, other textures
+
+
 def test_interrupted_drawing_leaves_no_half_picture(tmp_path, few_scenes, monkeypatch):
     """Ctrl-C in the middle of a file: what has a name is whole."""
     def interrupted(self, file, *_args, **_how):
