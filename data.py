@@ -158,7 +158,10 @@ def distinct_colours(count: int) -> list[tuple[int, int, int]]:
 # ------------------------------------------------------------------------------------------ where things lie
 
 def training_images(data: str, root: str) -> dict[str, Path]:
-    """The training images of a dataset: id → path, sorted by id. Reads no label and no label's folder."""
+    """The training images of a dataset: id → path, sorted by id. Opens no label.
+
+    Toyland is drawn first where it is not there, its validation scenes and their labels included.
+    """
     if data == "toyland":
         folder = toyland.draw_dataset(Path(root)) / "images" / "train"
         return {f"train/{path.stem}": path for path in sorted(folder.glob("*.png"))}

@@ -3,7 +3,7 @@
     python evaluate.py                         all stages of the newest run
     python evaluate.py --data photos --classes names.txt --labels photo_labels
 
-This is the one script that opens labels, after all training is done. Reads the checkpoints of one run, writes
+This is the one file that opens labels, after all training is done (the training scripts end by calling it). Reads the checkpoints of one run, writes
 runs/<data>/evaluate/metrics.json and a picture sheet, preview.png.
 
     B images · C classes · H,W pixels of an image's own label · h,w a stage's grid
@@ -126,9 +126,17 @@ def rectified_predictor(world: World, query: Tensor) -> Predictor:
 
 
 def existing_stages(world: World) -> list[str]:
-    """vanilla and maskclip always; rectify and distill where their checkpoints are."""
-    return ["vanilla", "maskclip"] + [stage for stage in ("rectify", "distill")
-                                      if (world.folder(stage) / "checkpoint.pt").exists()]
+    """vanilla and maskclip always; rectify where its checkpoint is; distill if it is the student of that very teacher."""
+    teacher, student = (world.folder(stage) / "checkpoint.pt" for stage in ("rectify", "distill"))
+    stages = ["vanilla", "maskclip"] + (["rectify"] if teacher.exists() else [])
+    if not student.exists():
+        return stages
+    learned_from = runs.load(student, "distill")["settings"]["teacher"]
+    if teacher.exists() and learned_from != distill.teacher_of(runs.load(teacher, "rectify")):
+        print(f"{student} was distilled from another rectification than {teacher}: left out. Make it anew with: "
+              "python distill.py")
+        return stages
+    return [*stages, "distill"]
 
 
 def predict(logits: Tensor, size: tuple[int, int], denoising: float = 0.0, scale: float = 1.0) -> Tensor:
@@ -296,7 +304,7 @@ def main(args: argparse.Namespace) -> dict:
     folder = world.folder("evaluate")
     runs.write_json(folder / "metrics.json", metrics)
     picture_sheet(world, query, stages, labels, folder / "preview.png")
-    print(f"\nWrote {folder}/: metrics.json, preview.png\nNext: python segment.py YOUR_PHOTO.jpg")
+    print(f"\nWrote {folder}/: metrics.json, preview.png\nNext: python segment.py YOUR_PHOTO.jpg{runs.repeated(args)}")
     return metrics
 
 

@@ -76,7 +76,7 @@ RECIPES = {
     # [ours] Images of unknown kind: VOC's numbers, but any class that wins one window may be there.
     "folder": Recipe(vote_threshold=0.0),
     # [ours] Toyland's scenes at 1.5 times their size, larger windows and batches, to fit two cores. The scales of masks
-    # and loss are smaller than with OpenAI's CLIP, whose logits had a factor of 100 from the start. With mask_scale=3 or
+    # and loss are smaller than with OpenAI's CLIP, whose logit_scale ended at 100 (the small one's: 18). With mask_scale=3 or
     # more a class that loses to its neighbour early (car to bus) is never drawn again and dies; with loss_scale=20 or
     # more large stuffs are sure of themselves too soon and leave their doubtful patches to things.
     "toyland": Recipe(dense_path="value", window_ratio=1 / 4, vote_threshold=0.05, mask_scale=2.0, loss_scale=12.0,
@@ -364,6 +364,9 @@ def open_world(args: argparse.Namespace, checkpoint: dict | None = None,
     world = World(name, root, vocabulary, clip_name, model, clip.fingerprint(model), device, args.precision,
                   runs.workers_of(args, device), args.out)
     if known:
+        if runs.is_folder(name):
+            runs.refuse_unless(world.folder(checkpoint["stage"]) / "checkpoint.pt", "folder of images",
+                               expected=str(Path(name).resolve()), found=str(Path(known["data"]).resolve()))
         path = world.folder(checkpoint["stage"]) / "checkpoint.pt"
         for field, what in (("synonyms", "class list"), ("clip", "CLIP")):
             runs.refuse_unless(path, what, expected=world.described()[field], found=known[field])

@@ -47,8 +47,11 @@ def one_seed(args: argparse.Namespace, seed: int) -> dict:
 
 
 def main(args: argparse.Namespace) -> None:
-    found = [one_seed(args, seed) for seed in range(args.seeds)]
     data = getattr(args, "data", "toyland")
+    if runs.is_folder(data):
+        raise ValueError(f"--data {data}: expected toyland or voc, whose labels are known; found another. For a folder of your "
+                         "own run rectify.py, distill.py and evaluate.py --labels DIR.")
+    found = [one_seed(args, seed) for seed in range(args.seeds)]
     table = {}
     for stage, title in evaluate.STAGES.items():
         values = [metrics[stage]["miou"] for metrics in found]

@@ -125,7 +125,7 @@ def errors_in_one_paragraph():
         print(f"\nerror: {text}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("\nstopped. Training continues with the same command and --resume.", file=sys.stderr)
+        print("\nstopped. A training continues with the same command and --resume.", file=sys.stderr)
         raise SystemExit(130) from None
 
 
@@ -202,6 +202,9 @@ def load(path: Path, stage: str) -> dict:
 def refuse_unless(path: Path, what: str, expected, found) -> None:
     """Raise ValueError when a checkpoint was made with another `what` (class list, CLIP, recipe, …)."""
     if found != expected:
+        if isinstance(expected, dict) and isinstance(found, dict):         # only what differs is worth reading
+            keys = [key for key in {**expected, **found} if expected.get(key) != found.get(key)]
+            expected, found = ({key: side.get(key) for key in keys} for side in (expected, found))
         short = [str(value) if len(str(value)) < 300 else f"{str(value)[:300]}…" for value in (expected, found)]
         raise ValueError(f"{path} was made with another {what}. Expected {short[0]}; found {short[1]}. Use the settings it "
                          "was made with, or train it again (another --out keeps both).")
@@ -298,7 +301,7 @@ class Training:
                              "--precision fp32 usually mends it.")
 
     def finish(self) -> Path:
-        """Write `checkpoint.pt` (trained weights only) and remove `resume.pt`."""
+        """Write `checkpoint.pt` (weights, no optimiser) and remove `resume.pt`."""
         path = self.folder / "checkpoint.pt"
         save(path, {"stage": self.stage, "settings": self.settings, "step": self.steps,
                     "weights": self.model.state_dict()})

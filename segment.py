@@ -126,8 +126,8 @@ def main(args: argparse.Namespace) -> Path:
     if kind == "words":
         if stage in ("rectify", "distill"):
             raise ValueError(f"--background words: expected the stage maskclip or vanilla, found {stage}, which knows the "
-                             f"{len(names)} classes it was trained with and no further words. Add --stage maskclip, train with the background among the classes, or use a "
-                             "threshold.")
+                             f"{len(names)} classes it was trained with and no further words. Add --stage maskclip, train with "
+                             "the background among the classes, or use a threshold.")
         queried = data.Vocabulary(world.vocabulary.synonyms + tuple((name,) for name in value), world.vocabulary.palette,
                                   world.vocabulary.templates)
         data.parse_classes([", ".join(synonyms) for synonyms in queried.synonyms], source="--classes and --background")

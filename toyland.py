@@ -5,8 +5,8 @@
 
 Two kinds of pictures, as in the real story of CLIP and its use for segmentation:
 
-captioned pictures   64×64, one or two things near the centre, a caption that names them and only sometimes what
-                     lies behind. This is how pictures on the web are, and it is all that the small CLIP learns
+captioned pictures   64×64, one or two things near the centre, or stuff alone; a caption that names the things and
+                     rarely what lies behind. This is how pictures on the web are, and it is all that the small CLIP learns
                      from. Here its biases come from: things live in the centre, and a car's road is called "car".
 scenes               96×128, several stuffs, things anywhere. This is what is segmented. Validation scenes have a
                      dense truth; the truth of training scenes is never written to disk.
@@ -386,17 +386,19 @@ def draw_dataset(root: Path) -> Path:
             (root / folder).mkdir(parents=True, exist_ok=True)
         for split, name, number in tqdm(missing, desc=f"drawing {root}", unit="scene"):
             image, truth = scene(split, number)
-            write_png(Image.fromarray(image), root / "images" / split / name)
-            if split == "val":
+            if split == "val":                              # before its image, by which it is judged to be there
                 label = Image.fromarray(truth)
                 label.putpalette([value for colour in PALETTE for value in colour])
                 write_png(label, root / "labels" / split / name)
+            write_png(Image.fromarray(image), root / "images" / split / name)
     return root
 
 
 def another_world(root: Path, samples: int = 8) -> bool:
-    """Whether the first validation scenes on disk differ from those that would be drawn now (a class was added, say)."""
-    for number in range(samples):                           # images alone: who draws for a training opens no label
+    """Whether the last validation scenes on disk differ from those that would be drawn now (a class was added, say)."""
+    # The scenes that are drawn last tell, so that a redrawing that was interrupted is begun again. Images alone: who
+    # draws for a training opens no label.
+    for number in range(max(0, VAL_SCENES - samples), VAL_SCENES):
         path = root / "images" / "val" / f"{number:04d}.png"
         if path.exists() and not np.array_equal(np.asarray(Image.open(path)), scene("val", number)[0]):
             return True
