@@ -131,8 +131,9 @@ def existing_stages(world: World) -> list[str]:
     stages = ["vanilla", "maskclip"] + (["rectify"] if teacher.exists() else [])
     if not student.exists():
         return stages
-    learned_from = runs.load(student, "distill")["settings"]["teacher"]
-    if teacher.exists() and learned_from != distill.teacher_of(runs.load(teacher, "rectify")):
+    settings = runs.load(student, "distill")["settings"]
+    fits = all(settings["world"][field] == world.described()[field] for field in ("synonyms", "clip"))    # else it is refused
+    if fits and teacher.exists() and settings["teacher"] != distill.teacher_of(runs.load(teacher, "rectify")):
         print(f"{student} was distilled from another rectification than {teacher}: left out. Make it anew with: "
               "python distill.py")
         return stages

@@ -23,6 +23,7 @@ import data
 import distill
 import evaluate
 import rectify
+import reproduce
 import runs
 import segment
 import toyland
@@ -240,6 +241,45 @@ def test_evaluate_leaves_out_a_stage_that_was_not_trained(voc, capsys):
     assert list(run(evaluate)) == ["vanilla", "maskclip", "rectify"]
     assert "No checkpoint of distill" in (said := capsys.readouterr().out) and "python distill.py" in said
     assert list(run(evaluate, *voc, "--out", "no runs")) == ["vanilla", "maskclip"]
+
+
+def test_student_of_another_teacher_is_left_out(voc, capsys):
+    """After a new rectification the old student would stand beside a teacher that it never had."""
+    run(rectify, *voc)
+    run(distill)
+    run(rectify, *voc, "--seed", "1")
+    capsys.readouterr()
+    assert list(run(evaluate)) == ["vanilla", "maskclip", "rectify"]
+    assert "distill/checkpoint.pt was distilled from another rectification" in capsys.readouterr().out
+    run(segment, "data/VOCdevkit/VOC2012/JPEGImages/2007_000033.jpg")
+    assert "ReCLIP++ rectified" in capsys.readouterr().out
+    run(distill, "--seed", "1")
+    assert list(run(evaluate)) == ["vanilla", "maskclip", "rectify", "distill"]
+
+
+def test_two_folders_of_one_name_are_told_apart(photos, capsys):
+    """A teacher of other images is refused, although words and CLIP are the same."""
+    run(rectify, *photos)
+    shutil.copytree("photos", "elsewhere/photos")
+    assert "another folder of images" in refusal(capsys, distill, "--data", "elsewhere/photos")
+
+
+def test_reproduce_tabulates_seeds_and_goes_on_where_it_stopped(voc, capsys):
+    """All stages of two seeds, their mean and spread; the second call trains nothing."""
+    run(reproduce, *voc, "--seeds", "2")
+    said = capsys.readouterr().out
+    table = read_json("runs/seeds/voc.json")["stages"]
+    assert list(table) == ["vanilla", "maskclip", "rectify", "distill"]
+    for stage, row in table.items():
+        values = [read_json("runs/seeds", str(seed), "voc/evaluate/metrics.json")[stage]["miou"] for seed in range(2)]
+        assert row["miou"] == values and abs(row["mean"] - sum(values) / 2) < 0.01
+        assert abs(row["spread"] - abs(values[0] - values[1]) / 2 ** 0.5) < 0.01
+        assert f"| {row['title']} | {row['mean']:.1f} | {row['spread']:.1f} |" in said
+    assert not same_weights(weights_of("rectify", "runs/seeds/0"), weights_of("rectify", "runs/seeds/1"))
+    before = content_of("runs/seeds/0") | content_of("runs/seeds/1")
+    run(reproduce, *voc, "--seeds", "2")
+    assert content_of("runs/seeds/0") | content_of("runs/seeds/1") == before
+    assert "expected toyland or voc" in refusal(capsys, reproduce, "--data", "photos")
 
 
 def test_later_stages_follow_the_newest_run(voc, photos):
