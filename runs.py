@@ -125,7 +125,7 @@ def errors_in_one_paragraph():
         print(f"\nerror: {text}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("\nstopped. A training continues with the same command and --resume.", file=sys.stderr)
+        print("\nstopped. Training continues with the same command and --resume.", file=sys.stderr)
         raise SystemExit(130) from None
 
 

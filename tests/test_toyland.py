@@ -227,8 +227,10 @@ def small_clip():
 
 
 def test_patch_dropout_of_nothing_is_encode_image(small_clip):
+    """Up to rounding: encode_image runs the last block for the class token alone."""
     images = torch.randn(3, 3, 64, 64)
-    assert torch.equal(toyland.encode_some_patches(small_clip, images, dropout=0.0), small_clip.encode_image(images))
+    whole = small_clip.encode_image(images)
+    assert torch.allclose(toyland.encode_some_patches(small_clip, images, dropout=0.0), whole, atol=1e-5)
 
 
 def test_patch_dropout_keeps_the_class_token_and_a_share_of_the_patches(small_clip, monkeypatch):
