@@ -252,9 +252,7 @@ def teacher_of(checkpoint: dict) -> int:
 def load_student(world: World, query: Tensor) -> Student:
     """The trained student of `world`, in eval mode. It holds all it needs; CLIP's image tower is not run."""
     checkpoint = runs.load(world.folder("distill") / "checkpoint.pt", "distill")
-    path = world.folder("distill") / "checkpoint.pt"
-    for field, what in (("synonyms", "class list"), ("clip", "CLIP")):
-        runs.refuse_unless(path, what, expected=world.described()[field], found=checkpoint["settings"]["world"][field])
+    world.refuse_misfit(checkpoint)
     rectifier = Rectifier(world.clip_model, len(world.vocabulary), prompt_length=1)     # shapes alone; weights follow
     student = build_student(world, rectifier, query, checkpoint["settings"]["recipe"]["backbone"], pretrained=False)
     student.load_state_dict(checkpoint["weights"])

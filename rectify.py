@@ -339,6 +339,13 @@ class World:
         return {"data": self.name, "root": self.root, "synonyms": [list(names) for names in self.vocabulary.synonyms],
                 "clip_name": self.clip_name, "clip": self.fingerprint}
 
+    def refuse_misfit(self, checkpoint: dict) -> None:
+        """Raise ValueError when a checkpoint was made for another class list or another CLIP."""
+        path = self.folder(checkpoint["stage"]) / "checkpoint.pt"
+        expected, found = self.described(), checkpoint["settings"]["world"]
+        for field, what in (("synonyms", "class list"), ("clip", "CLIP")):
+            runs.refuse_unless(path, what, expected=expected[field], found=found[field])
+
 
 def open_world(args: argparse.Namespace, checkpoint: dict | None = None,
                vocabulary: data.Vocabulary | None = None) -> World:
@@ -367,9 +374,7 @@ def open_world(args: argparse.Namespace, checkpoint: dict | None = None,
         if runs.is_folder(name):
             runs.refuse_unless(world.folder(checkpoint["stage"]) / "checkpoint.pt", "folder of images",
                                expected=str(Path(name).resolve()), found=str(Path(known["data"]).resolve()))
-        path = world.folder(checkpoint["stage"]) / "checkpoint.pt"
-        for field, what in (("synonyms", "class list"), ("clip", "CLIP")):
-            runs.refuse_unless(path, what, expected=world.described()[field], found=known[field])
+        world.refuse_misfit(checkpoint)
     return world
 
 
