@@ -2,11 +2,12 @@
 
 A stage writes to `<out>/<data>/<stage>/`:
 
-    checkpoint.pt   the trained weights, recipe, classes and CLIP's fingerprint      (finished runs only)
-    resume.pt       weights, optimiser and step of a run that is not finished        (gone when it is)
+    checkpoint.pt   the trained weights, recipe, classes and CLIP's fingerprint
     recipe.json     every number that the run used          log.jsonl      one line per log interval
     metrics.json    mIoU and friends, with a fingerprint    preview.png    a picture sheet
+    unfinished/     recipe.json and log.jsonl of a run that has not ended, with resume.pt: weights, optimiser and step
 
+so that what stands beside a checkpoint is of the same run, and a run that is killed costs nothing of the one before it.
 This module imports torch only inside the functions that need it, so that `--help` answers at once.
 """
 
@@ -19,6 +20,7 @@ import hashlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import sys
 import tempfile
@@ -51,6 +53,8 @@ def common_flags(description: str, training: bool = True) -> argparse.ArgumentPa
                        help="bf16 is autocast: faster on a GPU, slow on most laptops' CPUs")
     where.add_argument("--workers", type=int, metavar="N", default=argparse.SUPPRESS,
                        help="processes that decode images (default: 4 beside a GPU, else 0). Changes no result")
+    where.add_argument("--skip-broken", action="store_true",
+                       help="leave out images that cannot be read, and list them (default: the first one is an error)")
     where.add_argument("--seed", type=int, metavar="N", default=0, help="of every random draw")
     if training:
         train = parser.add_argument_group("training")
@@ -183,16 +187,27 @@ def save(path: Path, content: dict) -> None:
     write_atomically(path, write)
 
 
+def read(path: Path):
+    """What `save` wrote. Raises an error of some kind when a single bit of it is another: torch reads such a file as it is,
+    but its zip format holds a checksum of every tensor."""
+    import zipfile
+
+    import torch
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def load(path: Path, stage: str) -> dict:
     """A checkpoint of `stage`. Raises FileNotFoundError, or ValueError when it is damaged or of another stage."""
-    import torch
     if not Path(path).exists():
         raise FileNotFoundError(f"expected a checkpoint at {path}, found none. Make it with: python {stage}.py")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read(path)
     except Exception as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__}). Remove it and make it again with: "
-                         f"python {stage}.py") from error
+        raise ValueError(f"{path}: expected a checkpoint, found a damaged file ({type(error).__name__}). Remove it and make "
+                         f"it again with: python {stage}.py") from error
     found = content.get("stage") if isinstance(content, dict) else type(content).__name__
     if found != stage:
         raise ValueError(f"{path}: expected a checkpoint of the stage {stage!r}, found {found!r}.")
@@ -227,32 +242,39 @@ class Training:
                 run.done(step, losses, rate)
         path = run.finish()
 
-    `resume.pt` is written after every epoch and on Ctrl-C (which is taken between two steps, never inside one).
+    `unfinished/resume.pt` is written after every epoch and on Ctrl-C (which is taken between two steps, never inside one).
+    `also` names what else has a state beside model and optimizer: anything with `state_dict` and `load_state_dict`.
     """
 
     def __init__(self, folder: Path, stage: str, settings: dict, header: dict, model, optimizer, *, steps: int,
-                 steps_per_epoch: int, resume: bool):
+                 steps_per_epoch: int, resume: bool, also: dict | None = None):
         self.folder, self.stage, self.settings = folder, stage, plain(settings)
-        self.model, self.optimizer, self.steps, self.per_epoch = model, optimizer, steps, steps_per_epoch
+        self.model, self.optimizer, self.also = model, optimizer, also or {}
+        self.steps, self.per_epoch = steps, steps_per_epoch
+        self.unfinished = folder / "unfinished"
         self.stop_asked = False
-        folder.mkdir(parents=True, exist_ok=True)
         self.first_step = self.load() if resume else 0
+        self.unfinished.mkdir(parents=True, exist_ok=True)
+        for leftover in [*folder.glob("*.part"), *self.unfinished.glob("*.part")]:
+            leftover.unlink()                   # of runs that were killed while they wrote
         for name, value in header.items():
             print(f"{name:>10}  {value}")
-        write_json(folder / "recipe.json", plain(header))
-        lines = (folder / "log.jsonl").read_text().splitlines() \
-            if self.first_step and (folder / "log.jsonl").exists() else []
+        write_json(self.unfinished / "recipe.json", plain(header))
+        log = next((path for path in (self.unfinished / "log.jsonl", folder / "log.jsonl") if path.exists()), None)
+        lines = log.read_text().splitlines() if self.first_step and log else []
         kept = [line for line in lines if logged_step(line) < self.first_step]
-        write_atomically(folder / "log.jsonl", lambda file: file.write("".join(line + "\n" for line in kept).encode()))
+        write_atomically(self.unfinished / "log.jsonl",
+                         lambda file: file.write("".join(line + "\n" for line in kept).encode()))
 
     def load(self) -> int:
         """The step to go on with; 0 when nothing was saved yet. Raises ValueError when the settings differ."""
-        unfinished, finished = self.folder / "resume.pt", self.folder / "checkpoint.pt"
-        if not unfinished.exists() and not finished.exists():
+        unfinished, finished = self.unfinished / "resume.pt", self.folder / "checkpoint.pt"
+        path = next((path for path in (unfinished, finished) if path.exists()), None)
+        content = load(path, self.stage) if path else None
+        of_another_run = path == finished and content["settings"] != self.settings and self.unfinished.exists()
+        if path is None or of_another_run:      # this one was begun and stopped before its first epoch ended
             print(f"Nothing to resume in {self.folder}: starting from the beginning.")
             return 0
-        path = unfinished if unfinished.exists() else finished
-        content = load(path, self.stage)
         for name, value in self.settings.items():
             refuse_unless(path, name, expected=value, found=content["settings"].get(name))
         self.model.load_state_dict(content["weights"])
@@ -260,6 +282,8 @@ class Training:
             print(f"{finished} is finished already.")
             return self.steps
         self.optimizer.load_state_dict(content["optimizer"])
+        for name, owner in self.also.items():
+            owner.load_state_dict(content["also"][name])
         return content["step"]
 
     def __enter__(self):
@@ -283,13 +307,14 @@ class Training:
         self.bar.update()
         if step % max(1, self.steps // 200) == 0 or step + 1 == self.steps:
             self.bar.set_postfix({name: f"{value:.3f}" for name, value in losses.items()}, refresh=False)
-            with open(self.folder / "log.jsonl", "a") as file:
+            with open(self.unfinished / "log.jsonl", "a") as file:
                 file.write(json.dumps({"step": step, **losses, "rate": rate,
                                        "seconds": round(time.monotonic() - self.started, 1)}) + "\n")
         if self.stop_asked or (step + 1) % self.per_epoch == 0 and step + 1 < self.steps:
-            save(self.folder / "resume.pt", {
+            save(self.unfinished / "resume.pt", {
                 "stage": self.stage, "settings": self.settings, "step": step + 1,
-                "weights": self.model.state_dict(), "optimizer": self.optimizer.state_dict()})
+                "weights": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "also": {name: owner.state_dict() for name, owner in self.also.items()}})
         if self.stop_asked:
             raise KeyboardInterrupt
 
@@ -301,11 +326,15 @@ class Training:
                              "--precision fp32 usually mends it.")
 
     def finish(self) -> Path:
-        """Write `checkpoint.pt` (weights, no optimiser) and remove `resume.pt`."""
+        """Write `checkpoint.pt` (weights, no optimiser), put recipe and log beside it, remove `unfinished/`."""
         path = self.folder / "checkpoint.pt"
+        for name in ("metrics.json", "preview.png"):            # of the checkpoint that is replaced
+            (self.folder / name).unlink(missing_ok=True)
         save(path, {"stage": self.stage, "settings": self.settings, "step": self.steps,
                     "weights": self.model.state_dict()})
-        (self.folder / "resume.pt").unlink(missing_ok=True)
+        for name in ("recipe.json", "log.jsonl"):
+            os.replace(self.unfinished / name, self.folder / name)
+        shutil.rmtree(self.unfinished)          # last: until here a killed run could be ended again with --resume
         return path
 
 
@@ -319,14 +348,15 @@ def logged_step(line: str) -> float:
 
 def cached(folder: Path, name: str, key, make):
     """`make()`, stored in `folder` under a key of everything it depends on; what cannot be read is made again."""
-    import torch
     path = Path(folder) / f"{name}-{seed_of(key):016x}.pt"
     if path.exists():
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return read(path)
         except Exception as error:
             print(f"{path} is damaged ({type(error).__name__}): making it again.")
     content = make()
+    for leftover in path.parent.glob(f"{name}-*.part"):             # of runs that were killed while they wrote
+        leftover.unlink()
     save(path, content)
     return content
 

@@ -6,10 +6,13 @@
 import argparse
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -123,8 +126,29 @@ def test_missing_checkpoint_names_the_command_that_makes_it(tmp_path):
 def test_damaged_checkpoint_is_named(tmp_path, damage):
     runs.save(tmp_path / "a.pt", {"stage": "rectify", "weights": torch.zeros(100)})
     (tmp_path / "a.pt").write_bytes(damage((tmp_path / "a.pt").read_bytes()))
-    with pytest.raises(ValueError, match=r"a\.pt is damaged .*python rectify\.py"):
+    with pytest.raises(ValueError, match=r"a\.pt: expected a checkpoint, found a damaged file .*python rectify\.py"):
         runs.load(tmp_path / "a.pt", "rectify")
+
+
+def flipped(whole: bytes, bit: int) -> bytes:
+    byte, place = divmod(bit, 8)
+    return whole[:byte] + bytes([whole[byte] ^ 1 << place]) + whole[byte + 1:]
+
+
+def test_single_flipped_bit_is_noticed_wherever_it_is(tmp_path):
+    """torch alone would read most of these files and give other weights. Bits that mean nothing may go unnoticed."""
+    expected = torch.arange(500.0)
+    runs.save(tmp_path / "a.pt", {"stage": "rectify", "weights": expected})
+    whole, noticed = (tmp_path / "a.pt").read_bytes(), 0
+    bits = random.Random(0).sample(range(8 * len(whole)), 400)
+    for bit in bits:
+        (tmp_path / "a.pt").write_bytes(flipped(whole, bit))
+        try:
+            assert torch.equal(runs.load(tmp_path / "a.pt", "rectify")["weights"], expected)
+        except ValueError as error:
+            assert "a.pt" in str(error)
+            noticed += 1
+    assert noticed > 200                        # 2,000 bytes of tensor are more than half of the file
 
 
 @pytest.mark.parametrize("content, found", [({"stage": "distill"}, "'distill'"), ({}, "None"), ([1], "'list'")])
@@ -213,6 +237,15 @@ def test_damaged_cache_is_made_again(tmp_path, capsys, damage):
     assert torch.equal(runs.cached(tmp_path, "query", "key", lambda: torch.zeros(2)), torch.zeros(2))
     assert "is damaged" in capsys.readouterr().out
     assert torch.equal(runs.cached(tmp_path, "query", "key", lambda: 1 / 0), torch.zeros(2))
+
+
+def test_cache_with_a_flipped_bit_is_not_trusted(tmp_path, capsys):
+    expected = torch.arange(500.0)
+    runs.cached(tmp_path, "query", "key", lambda: expected)
+    [path] = tmp_path.iterdir()
+    path.write_bytes(flipped(path.read_bytes(), bit=8 * (path.read_bytes().index(expected.numpy().tobytes()) + 1001)))
+    assert torch.equal(runs.cached(tmp_path, "query", "key", lambda: expected.clone()), expected)
+    assert "is damaged" in capsys.readouterr().out
 
 
 def test_nothing_is_cached_when_making_it_fails(tmp_path):
@@ -336,7 +369,12 @@ def assert_same_weights(found, expected):
 
 
 def logged_steps(folder):
-    return [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    log = folder / ("unfinished" if (folder / "unfinished").exists() else "") / "log.jsonl"
+    return [json.loads(line)["step"] for line in log.read_text().splitlines()]
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def raise_at(when, error):
@@ -351,7 +389,7 @@ def send_sigint_at(when):
 
 
 def test_finished_run_leaves_checkpoint_recipe_and_log(tmp_path, capsys):
-    """And no resume.pt: the run is not unfinished."""
+    """And no folder `unfinished`."""
     path = train(tmp_path / "run")
     assert path == tmp_path / "run" / "checkpoint.pt"
     assert names_in(tmp_path / "run") == ["checkpoint.pt", "log.jsonl", "recipe.json"]
@@ -369,7 +407,7 @@ def test_killed_run_continues_to_the_same_weights(tmp_path, stop):
     with pytest.raises(Interrupted):
         train(tmp_path / "run", at_step=raise_at(stop, Interrupted()))
     assert not (tmp_path / "run/checkpoint.pt").exists()
-    assert (tmp_path / "run/resume.pt").exists() == (stop >= PER_EPOCH)
+    assert (tmp_path / "run/unfinished/resume.pt").exists() == (stop >= PER_EPOCH)
     assert_same_weights(train(tmp_path / "run", resume=True, seed=1 if stop >= PER_EPOCH else 0), expected)
     assert logged_steps(tmp_path / "run") == list(range(STEPS))
     assert names_in(tmp_path / "run") == ["checkpoint.pt", "log.jsonl", "recipe.json"]
@@ -383,7 +421,7 @@ def test_ctrl_c_finishes_the_step_saves_and_resumes_to_the_same_weights(tmp_path
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "run", at_step=send_sigint_at(stop))
     assert signal.getsignal(signal.SIGINT) is before
-    assert torch.load(tmp_path / "run/resume.pt", weights_only=True)["step"] == stop + 1
+    assert torch.load(tmp_path / "run/unfinished/resume.pt", weights_only=True)["step"] == stop + 1
     assert not (tmp_path / "run/checkpoint.pt").exists() and logged_steps(tmp_path / "run") == list(range(stop + 1))
     done = []
     assert_same_weights(train(tmp_path / "run", resume=True, at_step=done.append, seed=1), expected)
@@ -401,7 +439,7 @@ def test_second_ctrl_c_does_not_wait_for_the_step(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, at_step=twice)
-    assert torch.load(tmp_path / "resume.pt", weights_only=True)["step"] == PER_EPOCH
+    assert torch.load(tmp_path / "unfinished/resume.pt", weights_only=True)["step"] == PER_EPOCH
 
 
 def test_finished_run_is_not_trained_again(tmp_path, capsys):
@@ -411,6 +449,19 @@ def test_finished_run_is_not_trained_again(tmp_path, capsys):
     found = weights_of(train(tmp_path, resume=True, at_step=done.append, seed=1))
     assert done == [] and all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert "finished already" in capsys.readouterr().out and logged_steps(tmp_path) == list(range(STEPS))
+
+
+def test_resume_of_a_run_that_saved_nothing_yet_starts_from_its_beginning(tmp_path):
+    """Also where the checkpoint of an earlier run with other settings stands: it is not this run's."""
+    train(tmp_path / "run")
+    other = SETTINGS | {"recipe": {"rate": 0.2}}
+    with pytest.raises(Interrupted):
+        train(tmp_path / "run", settings=other, at_step=raise_at(1, Interrupted()))
+    assert_same_weights(train(tmp_path / "run", settings=other, resume=True), train(tmp_path / "whole", settings=other))
+    with pytest.raises(ValueError, match="another recipe"):
+        train(tmp_path / "run", resume=True)                    # finished now, and asked for with other numbers
+    with pytest.raises(ValueError, match="another recipe"):
+        train(tmp_path / "run", resume=True)                    # the refusal left nothing that would change the answer
 
 
 def test_resume_without_anything_to_resume_starts_from_the_beginning(tmp_path, capsys):
@@ -423,12 +474,12 @@ def test_resume_with_other_settings_is_refused_and_changes_nothing(tmp_path):
     """The error names the setting; the unfinished run can still be continued with its own."""
     with pytest.raises(Interrupted):
         train(tmp_path, at_step=raise_at(6, Interrupted()))
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    before = contents(tmp_path)
     with pytest.raises(ValueError, match=r"resume\.pt was made with another recipe\. Expected .*0\.2.*; found .*0\.1"):
         train(tmp_path, resume=True, settings=SETTINGS | {"recipe": {"rate": 0.2, "scale": (0.5, 2.0)}})
     with pytest.raises(ValueError, match="another seed"):
         train(tmp_path, resume=True, settings=SETTINGS | {"seed": 1})
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert contents(tmp_path) == before
     train(tmp_path, resume=True)
 
 
@@ -439,7 +490,49 @@ def test_without_resume_a_run_starts_anew(tmp_path):
     done = []
     train(tmp_path / "run", at_step=done.append)
     assert done == list(range(STEPS)) and logged_steps(tmp_path / "run") == list(range(STEPS))
-    assert not (tmp_path / "run/resume.pt").exists()
+    assert not (tmp_path / "run/unfinished").exists()
+
+
+def test_a_run_that_is_begun_anew_leaves_the_finished_one_alone_until_it_ends(tmp_path):
+    """Another recipe, killed: checkpoint, recipe and log are still those of the run before, and so are its results."""
+    train(tmp_path)
+    (tmp_path / "metrics.json").write_text("{}")
+    before = contents(tmp_path)
+    other = SETTINGS | {"recipe": {"rate": 0.2}}
+    with pytest.raises(Interrupted):
+        train(tmp_path, settings=other, at_step=raise_at(6, Interrupted()))
+    assert {name: content for name, content in contents(tmp_path).items() if name.parts[0] != "unfinished"} == before
+    train(tmp_path, settings=other, resume=True)
+    assert runs.load(tmp_path / "checkpoint.pt", "toy")["settings"] == other
+    assert names_in(tmp_path) == ["checkpoint.pt", "log.jsonl", "recipe.json"]      # no results of other weights
+
+
+@pytest.mark.parametrize("when", ["checkpoint.pt", "recipe.json", "log.jsonl", "unfinished"])
+def test_a_run_that_is_killed_while_it_ends_can_be_ended_again(tmp_path, when, monkeypatch):
+    """After each of the steps of `finish`; the same weights, and nothing is left over."""
+    expected = train(tmp_path / "whole")
+    for owner, name in ((os, "replace"), (shutil, "rmtree")):
+        original = getattr(owner, name)
+
+        def die_after(*args, original=original, **kwargs):
+            original(*args, **kwargs)
+            if Path(args[-1]) == tmp_path / "run" / when:
+                raise Interrupted
+        monkeypatch.setattr(owner, name, die_after)
+    with pytest.raises(Interrupted):
+        train(tmp_path / "run")
+    monkeypatch.undo()
+    assert_same_weights(train(tmp_path / "run", resume=True), expected)
+    assert names_in(tmp_path / "run") == ["checkpoint.pt", "log.jsonl", "recipe.json"]
+    assert logged_steps(tmp_path / "run") == list(range(STEPS))
+
+
+def test_leftovers_of_a_killed_run_are_removed(tmp_path):
+    for name in ("checkpoint.ptabc.part", "unfinished/resume.ptabc.part"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("half")
+    train(tmp_path)
+    assert names_in(tmp_path) == ["checkpoint.pt", "log.jsonl", "recipe.json"]
 
 
 @pytest.mark.parametrize("damage", [lambda log: log.unlink(), lambda log: log.write_text(log.read_text() + '{"step": 5, "lo')],
@@ -449,7 +542,7 @@ def test_damaged_log_does_not_hinder_a_resume(tmp_path, damage):
     expected = train(tmp_path / "whole")
     with pytest.raises(Interrupted):
         train(tmp_path / "run", at_step=raise_at(6, Interrupted()))
-    damage(tmp_path / "run/log.jsonl")
+    damage(tmp_path / "run/unfinished/log.jsonl")
     assert_same_weights(train(tmp_path / "run", resume=True), expected)
     assert logged_steps(tmp_path / "run")[-8:] == list(range(PER_EPOCH, STEPS))
 
@@ -466,7 +559,7 @@ def test_non_finite_loss_stops_the_run_and_names_the_images(tmp_path, bad):
                                  resume=False)
     with pytest.raises(ValueError, match=r"loss of step 5 is (nan|-?inf), expected a finite number.*photo 1, photo 2"):
         train(tmp_path, at_step=poison)
-    assert torch.load(tmp_path / "resume.pt", weights_only=True)["step"] == PER_EPOCH
+    assert torch.load(tmp_path / "unfinished/resume.pt", weights_only=True)["step"] == PER_EPOCH
     assert not (tmp_path / "checkpoint.pt").exists()
     assert raise_if_bad.refuse_non_finite(torch.tensor(1.0), 0, []) is None
 

@@ -439,7 +439,7 @@ def test_crashed_run_resumes_to_the_same_weights(voc, monkeypatch, script, call)
         stop_at(patched, script, call, crash)
         run(script, *voc, "--out", "broken", "--epochs", "3")
     assert not Path("broken/voc", stage, "checkpoint.pt").exists()
-    assert Path("broken/voc", stage, "resume.pt").exists() == (call > 2)
+    assert Path("broken/voc", stage, "unfinished/resume.pt").exists() == (call > 2)
     run(script, *voc, "--out", "broken", "--epochs", "3", "--resume")
     assert same_weights(weights_of(stage, "broken"), weights_of(stage, "whole"))
     assert [json.loads(line)["step"] for line in Path("broken/voc", stage, "log.jsonl").read_text().splitlines()] \
@@ -458,7 +458,7 @@ def test_ctrl_c_saves_and_resumes_to_the_same_weights(voc, monkeypatch, capsys, 
         stop_at(patched, script, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
         run(script, *voc, "--out", "broken")
     assert end.value.code == 130 and "--resume" in capsys.readouterr().err
-    assert torch.load(Path("broken/voc", stage, "resume.pt"), weights_only=True)["step"] == 3
+    assert torch.load(Path("broken/voc", stage, "unfinished/resume.pt"), weights_only=True)["step"] == 3
     run(script, *voc, "--out", "broken", "--resume")
     assert same_weights(weights_of(stage, "broken"), weights_of(stage, "whole"))
 
