@@ -20,6 +20,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import v2
+from tqdm import tqdm
 
 import toyland
 from runs import seed_of
@@ -204,13 +205,7 @@ def true_label_files(data: str, root: str, ids: list[str], labels: str | None = 
 
 
 def lookup_table(data: str, classes: int) -> np.ndarray:
-    """For evaluation alone: value in a label file → class, (256,) int16. 255: ignored; −1: may not occur.
-
-    Raises ValueError when a known dataset's labels are to be read with another number of classes than its own.
-    """
-    if not labels_fit(data, classes):
-        raise ValueError(f"the labels of {data} speak of its own {len(KNOWN[data][0])} classes: expected as many, in its "
-                         f"order, found {classes} in --classes. Other classes can be looked at (segment.py), not measured.")
+    """For evaluation alone: value in a label file → class, (256,) int16. 255: ignored; −1: may not occur."""
     table = np.full(256, -1, dtype=np.int16)
     if data == "voc":                                   # 0 background and 255 border are ignored, 1..20 → 0..19
         table[1:21] = np.arange(20)
@@ -221,9 +216,21 @@ def lookup_table(data: str, classes: int) -> np.ndarray:
     return table
 
 
-def labels_fit(data: str, classes: int) -> bool:
-    """Whether a dataset's labels can be read with so many classes: a known one's speak of its own classes alone."""
-    return data not in KNOWN or classes == len(KNOWN[data][0])
+def labels_fit(data: str, names: list[str]) -> bool:
+    """Whether a dataset's labels can be read with these classes: a known one's speak of its own alone, in its order.
+
+    A class may go by another name ("plane"), but not by that of another class.
+    """
+    own = KNOWN[data][0] if data in KNOWN else names
+    return len(names) == len(own) and all(name not in own or own.index(name) == place for place, name in enumerate(names))
+
+
+def refuse_other_classes(data: str, names: list[str]) -> None:
+    """Raise ValueError when a known dataset's labels are to be read with classes that are not its own."""
+    if not labels_fit(data, names):
+        raise ValueError(f"the labels of {data} speak of its own {len(KNOWN[data][0])} classes: expected as many, in its "
+                         f"order, found {len(names)} in --classes: {', '.join(names[:8])}, … Other classes can be looked at "
+                         "(segment.py), not measured.")
 
 
 VOC_TREE = "VOCdevkit/VOC2012/{JPEGImages,SegmentationClass,ImageSets/Segmentation/{train,val}.txt}"
@@ -261,7 +268,8 @@ def images_in(folder: Path) -> dict[str, Path]:
     """All images under a folder, also in its sub-folders: id (relative path without suffix) → path."""
     if not folder.is_dir():
         raise FileNotFoundError(f"--data {folder}: expected toyland, voc, or a folder of images; found no folder of that name.")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+                   and not any(part.startswith(".") for part in path.relative_to(folder).parts))    # ._a.jpg, .thumbnails
     if not paths:
         raise ValueError(f"--data {folder}: expected images ({', '.join(sorted(IMAGE_SUFFIXES))}) in this folder, found none.")
     found: dict[str, Path] = {}
@@ -271,7 +279,42 @@ def images_in(folder: Path) -> dict[str, Path]:
             raise ValueError(f"--data {folder}: expected every name once, since results are kept by name; found "
                              f"{found[name].name} and {path.name}, which differ only in their suffix. Rename one.")
         found[name] = path
+    refuse_labels_among(found, folder)
     return found
+
+
+def refuse_labels_among(images: dict[str, Path], folder: Path) -> None:
+    """Raise ValueError for an index picture with the name of another image: a label, which no training may look at."""
+    by_stem: dict[str, list[Path]] = {}
+    for path in images.values():
+        by_stem.setdefault(path.stem, []).append(path)
+    for same in by_stem.values():
+        for path in same if len(same) > 1 else []:
+            if path.suffix.lower() == ".png" and mode_of(path) in ("P", "L", "1", "I;16", "I"):
+                other = next(other for other in same if other != path)
+                raise ValueError(f"--data {folder}: expected photographs alone, found {path}, an index picture with the name "
+                                 f"of {other}. It looks like a label: labels lie in a folder of their own, outside of this "
+                                 "one, and are named by evaluate.py --labels.")
+
+
+def mode_of(path: Path) -> str | None:
+    """Pillow's mode of an image file by its header; None for a file that cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return image.mode
+    except Exception:                                   # whoever needs its pixels will say what is wrong
+        return None
+
+
+def readable(images: dict[str, Path]) -> tuple[dict[str, Path], dict[str, str]]:
+    """The images that can be decoded to their last byte, and of the others id → reason. For `--skip-broken`."""
+    broken: dict[str, str] = {}
+    for name, path in tqdm(images.items(), desc="looking for broken images", unit="image"):
+        try:
+            read_image(path)
+        except (ValueError, OSError) as error:
+            broken[name] = str(error)
+    return {name: path for name, path in images.items() if name not in broken}, broken
 
 
 # ------------------------------------------------------------------------------------------ files → tensors
@@ -327,9 +370,29 @@ def to_tensor(image: Image.Image) -> Tensor:
     return NORMALISE(image).as_subclass(Tensor)
 
 
-def short_side_to(image: Image.Image, size: int) -> Image.Image:
-    """Resize so that the shorter side has `size` pixels, bilinear with antialiasing, as at training and test."""
-    return v2.functional.resize(image, size, interpolation=v2.InterpolationMode.BILINEAR, antialias=True)
+LONGEST_SIDE = 2048                                     # [code] in pixels; a panorama of more stays below the short side
+
+
+def short_side_to(image: Image.Image, size: int, multiple: int = 1) -> Image.Image:
+    """Resize so that the shorter side has `size` pixels, bilinear with antialiasing, as at training and test.
+
+    Both sides are rounded to a `multiple`, at least one of it: where that is the patch, no image is padded, and a patch's
+    prediction lies where the patch is. A side of more than LONGEST_SIDE pixels is made that long, whatever the other is.
+    """
+    scale = min(size / min(image.size), LONGEST_SIDE / max(image.size))
+    H, W = (multiple * max(1, round(scale * side / multiple)) for side in (image.height, image.width))
+    return v2.functional.resize(image, [H, W], interpolation=v2.InterpolationMode.BILINEAR, antialias=True)
+
+
+class RandomShortSide:
+    """Resize to a short side between `low` and `high` pixels, both included."""
+
+    def __init__(self, low: int, high: int):
+        self.low, self.high = low, high
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        size = self.low if self.low == self.high else int(torch.randint(self.low, self.high + 1, ()))
+        return short_side_to(image, size)
 
 
 def augmentation(short_side: int, crop: int | tuple[int, int], scale: tuple[float, float], distort: bool) -> v2.Transform:
@@ -340,7 +403,7 @@ def augmentation(short_side: int, crop: int | tuple[int, int], scale: tuple[floa
     """
     low, high = (round(short_side * ratio) for ratio in scale)
     return v2.Compose([
-        v2.RandomResize(low, high + 1, antialias=True) if high > low else v2.Resize(short_side, antialias=True),
+        RandomShortSide(low, high),
         v2.RandomHorizontalFlip(),
         v2.ToImage(),
         *([v2.RandomPhotometricDistort()] if distort else []),
@@ -422,9 +485,9 @@ class Batches:
 class LabelledImages(torch.utils.data.Dataset):
     """For evaluation alone: `(id, image (3, h, w), true_label (H, W) int64)`; the label keeps its own size."""
 
-    def __init__(self, images: dict[str, Path], labels: dict[str, Path], table: np.ndarray, short_side: int):
+    def __init__(self, images: dict[str, Path], labels: dict[str, Path], table: np.ndarray, short_side: int, multiple: int = 1):
         self.items = [(name, images[name], labels[name]) for name in images if name in labels]
-        self.table, self.short_side = table, short_side
+        self.table, self.short_side, self.multiple = table, short_side, multiple
 
     def __len__(self) -> int:
         return len(self.items)
@@ -433,7 +496,7 @@ class LabelledImages(torch.utils.data.Dataset):
         name, image_path, label_path = self.items[index]
         image = read_image(image_path)
         label = read_label(label_path, self.table, size=(image.height, image.width))
-        return name, to_tensor(short_side_to(image, self.short_side)), torch.from_numpy(label)
+        return name, to_tensor(short_side_to(image, self.short_side, self.multiple)), torch.from_numpy(label)
 
 
 # ------------------------------------------------------------------------------------------ a download

@@ -249,14 +249,16 @@ def teacher_of(checkpoint: dict) -> int:
     return runs.seed_of(checkpoint["settings"])
 
 
-def load_student(world: World, query: Tensor) -> Student:
-    """The trained student of `world`, in eval mode. It holds all it needs; CLIP's image tower is not run."""
+def load_student(world: World, query: Tensor) -> tuple[int, Student]:
+    """The short side that the trained student of `world` expects, and the student, in eval mode. It holds all it needs;
+    CLIP's image tower is not run."""
     checkpoint = runs.load(world.folder("distill") / "checkpoint.pt", "distill")
     world.refuse_misfit(checkpoint)
     rectifier = Rectifier(world.clip_model, len(world.vocabulary), prompt_length=1)     # shapes alone; weights follow
-    student = build_student(world, rectifier, query, checkpoint["settings"]["recipe"]["backbone"], pretrained=False)
+    recipe = checkpoint["settings"]["recipe"]
+    student = build_student(world, rectifier, query, recipe["backbone"], pretrained=False)
     student.load_state_dict(checkpoint["weights"])
-    return student.eval()
+    return recipe["short_side"], student.eval()
 
 
 def main(args: argparse.Namespace) -> Path:
@@ -268,15 +270,9 @@ def main(args: argparse.Namespace) -> Path:
     recipe = recipe_for(world, args, RECIPES)
     if hasattr(args, "backbone"):
         recipe = replace(recipe, backbone=args.backbone)
-    images = data.training_images(world.name, world.root)
+    images = world.training_images
     per_epoch = data.steps_per_epoch(len(images), recipe.batch_size)
     steps = recipe.epochs * per_epoch
-    header = {"stage": "distill", "data": world.name, "images": len(images),
-              "classes": len(world.vocabulary), "clip": f"{world.clip_name} ({world.fingerprint})",
-              "device": str(world.device), "precision": world.precision, "seed": args.seed, "versions": runs.versions(),
-              "recipe": asdict(recipe)}
-    settings = {"world": world.described(), "recipe": asdict(recipe), "seed": args.seed, "precision": world.precision,
-                "images": list(images), "teacher": teacher_of(teacher_checkpoint)}
 
     hypotheses = multi_label_hypothesis(cached_votes(world, query, images, teacher_recipe), teacher_recipe.vote_threshold)
     row = {name: number for number, name in enumerate(images)}
@@ -286,8 +282,9 @@ def main(args: argparse.Namespace) -> Path:
         reference = reference_features(world.clip_model, rectifier.prompt, world.vocabulary.names)
     optimizer = torch.optim.SGD(student.network.parameters(), lr=recipe.learning_rate, momentum=recipe.momentum,
                                 weight_decay=recipe.weight_decay)
-    run = runs.Training(world.folder("distill"), "distill", settings, header, student, optimizer, steps=steps,
-                        steps_per_epoch=per_epoch, resume=args.resume)
+    settings = world.settings(recipe, args.seed) | {"teacher": teacher_of(teacher_checkpoint)}
+    run = runs.Training(world.folder("distill"), "distill", settings, world.header("distill", recipe, args.seed), student,
+                        optimizer, steps=steps, steps_per_epoch=per_epoch, resume=args.resume)
     transform = data.augmentation(recipe.short_side, recipe.crop, recipe.scale, recipe.distort)
     batches = data.training_batches(images, transform, batch_size=recipe.batch_size, first_step=run.first_step,
                                     steps=steps, seed=args.seed, workers=world.workers)

@@ -3,8 +3,8 @@
     python evaluate.py                         all stages of the newest run
     python evaluate.py --data photos --classes names.txt --labels photo_labels
 
-This is the one file that opens labels, after all training is done (the training scripts end by calling it). Reads the checkpoints of one run, writes
-runs/<data>/evaluate/metrics.json and a picture sheet, preview.png.
+This is the one file that opens labels, after all training is done (the training scripts end by calling it). Reads the
+checkpoints of one run, writes runs/<data>/evaluate/metrics.json and a picture sheet, preview.png.
 
     B images · C classes · H,W pixels of an image's own label · h,w a stage's grid
 """
@@ -31,6 +31,7 @@ if __name__ == "__main__":
     FLAGS = flags().parse_args()            # before torch is imported: --help answers at once
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -88,27 +89,32 @@ def measures(confusion: Tensor, names: list[str]) -> dict:
 # ------------------------------------------------------------------------------------------ stages
 
 
-Predictor = Callable[[Tensor], Tensor]      # normalised images (B, 3, H, W) → logits (B, C, h, w)
+@dataclass
+class Predictor:
+    """A stage at test time: what it makes of an image, and how large it wants to see it."""
+    logits: Callable[[Tensor], Tensor]      # normalised images (B, 3, H, W) → (B, C, h, w)
+    short_side: int                         # as in its own training
 
 
 def predictors(world: World, query: Tensor, stages: list[str]) -> dict[str, Predictor]:
     """One predictor for each of the named stages; trained ones are read from their checkpoints."""
     found: dict[str, Predictor] = {}
+    recipe = rectify.recipe_of(world)
     for stage in stages:
-        if stage == "vanilla":
-            found[stage] = lambda images: query_logits(world.clip_model.encode_dense(images, path="vanilla"), query)
-        elif stage == "maskclip":
-            path = rectify.recipe_of(world).dense_path
-            found[stage] = lambda images, path=path: query_logits(world.clip_model.encode_dense(images, path=path), query)
+        if stage in ("vanilla", "maskclip"):
+            path = "vanilla" if stage == "vanilla" else recipe.dense_path
+            logits = lambda images, path=path: query_logits(world.clip_model.encode_dense(images, path=path), query)
+            found[stage] = Predictor(logits, recipe.short_side)
         elif stage == "rectify":
-            found[stage] = rectified_predictor(world, query)
+            found[stage] = Predictor(rectified(world, query), recipe.short_side)
         elif stage == "distill":
-            found[stage] = distill.load_student(world, query).logits
+            short_side, student = distill.load_student(world, query)
+            found[stage] = Predictor(student.logits, short_side)
     return found
 
 
-def rectified_predictor(world: World, query: Tensor) -> Predictor:
-    """Stage 1 at test time. The bias map depends on the grid alone: it is computed once for every image size."""
+def rectified(world: World, query: Tensor) -> Callable[[Tensor], Tensor]:
+    """Stage 1's logits. The bias map depends on the grid alone: it is computed once for every image size."""
     path = world.folder("rectify") / "checkpoint.pt"
     recipe, rectifier = rectify.load_rectifier(world, runs.load(path, "rectify"))
     reference = rectify.reference_features(world.clip_model, rectifier.prompt, world.vocabulary.names)
@@ -162,27 +168,29 @@ DENOISING_SCALE = {"vanilla": 100.0, "maskclip": 100.0, "rectify": 10.0, "distil
 
 @torch.no_grad()
 def measure(world: World, query: Tensor, stages: list[str], labels: dict[str, Path], denoising: float = 0.0) -> dict:
-    """Metrics of each stage on the labelled validation images, all stages in one pass over the images."""
-    images = data.validation_images(world.name, world.root)
-    recipe = rectify.recipe_of(world)
-    dataset = data.LabelledImages(images, labels, data.lookup_table(world.name, len(world.vocabulary)), recipe.short_side)
-    loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=world.workers)
+    """Metrics of each stage on the labelled validation images; one pass over them for all stages of one image size."""
+    data.refuse_other_classes(world.name, world.vocabulary.names)
     found = predictors(world, query, stages)
     classes = len(world.vocabulary)
     confusion = {stage: torch.zeros(classes, classes, dtype=torch.int64, device=world.device) for stage in stages}
-    for _, image, true_label in tqdm(loader, desc="evaluating", unit="image"):
-        image, true_label = image[None].to(world.device), true_label.to(world.device)
-        for stage, logits_of in found.items():
-            with runs.autocast(world.device, world.precision):
-                logits = logits_of(image).float()
-            predicted = predict(logits, tuple(true_label.shape), denoising, DENOISING_SCALE[stage])
-            confusion[stage] += confusion_matrix(true_label, predicted, classes)
-    metrics = {}
+    for short_side in sorted({predictor.short_side for predictor in found.values()}):
+        dataset = data.LabelledImages(world.validation_images, labels, data.lookup_table(world.name, classes), short_side,
+                                      world.clip_model.visual.patch_size)
+        loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=world.workers)
+        for _, image, true_label in tqdm(loader, desc="evaluating", unit="image"):
+            image, true_label = image[None].to(world.device), true_label.to(world.device)
+            for stage, predictor in found.items():
+                if predictor.short_side == short_side:
+                    with runs.autocast(world.device, world.precision):
+                        logits = predictor.logits(image).float()
+                    predicted = predict(logits, tuple(true_label.shape), denoising, DENOISING_SCALE[stage])
+                    confusion[stage] += confusion_matrix(true_label, predicted, classes)
+    recipe, metrics = rectify.recipe_of(world), {}
     for stage in stages:
         checkpoint = world.folder(stage) / "checkpoint.pt"
         metrics[stage] = measures(confusion[stage].cpu(), world.vocabulary.names) | {"fingerprint": {
             "stage": stage, "data": world.name, "images": len(dataset), "classes": world.vocabulary.names,
-            "short_side": recipe.short_side, "refinements": {"prompt_denoising": denoising},
+            "short_side": found[stage].short_side, "refinements": {"prompt_denoising": denoising},
             "precision": world.precision, "clip": world.fingerprint, "dense_path": recipe.dense_path,
             "weights": sha256(checkpoint)[:16] if checkpoint.exists() else None}}
     return metrics
@@ -190,9 +198,8 @@ def measure(world: World, query: Tensor, stages: list[str], labels: dict[str, Pa
 
 def after_training(world: World, stages: list[str], trained: str, query: Tensor) -> None:
     """What a training script ends with: metrics.json and preview.png of its own stage; numbers if there are labels."""
-    images = data.validation_images(world.name, world.root)
-    labels = data.true_label_files(world.name, world.root, list(images)) \
-        if data.labels_fit(world.name, len(world.vocabulary)) else {}
+    labels = data.true_label_files(world.name, world.root, list(world.validation_images)) \
+        if data.labels_fit(world.name, world.vocabulary.names) else {}
     folder = world.folder(trained)
     if labels:
         metrics = measure(world, query, stages, labels)
@@ -207,7 +214,8 @@ def after_training(world: World, stages: list[str], trained: str, query: Tensor)
 def print_table(metrics: dict, per_class: bool = False) -> None:
     """The stages as rows; with `per_class` also every class's IoU, stages as columns."""
     one = next(iter(metrics.values()))["fingerprint"]
-    print(f"\n{one['data']}: {one['images']} images, {len(one['classes'])} classes, short side {one['short_side']}, "
+    sides = " and ".join(map(str, sorted({stage["fingerprint"]["short_side"] for stage in metrics.values()})))
+    print(f"\n{one['data']}: {one['images']} images, {len(one['classes'])} classes, short side {sides}, "
           f"prompt denoising {one['refinements']['prompt_denoising'] or 'off'}, {one['precision']}")
     print(f"{'':22}{'mIoU':>7}{'absent = 0':>12}{'pixel accuracy':>16}   (percent)")
     for stage, found in metrics.items():
@@ -233,16 +241,17 @@ def colour(classes: Tensor, palette) -> Image.Image:
 def picture_sheet(world: World, query: Tensor, stages: list[str], labels: dict[str, Path], path: Path,
                   rows: int = 6, height: int = 144) -> None:
     """A row for each of some validation images: the image, every stage's classes, the truth if known; below, a legend."""
-    images = data.validation_images(world.name, world.root)
+    images = world.validation_images
     chosen = list(images)[::max(1, len(images) // rows)][:rows]
     found, palette, table = predictors(world, query, stages), world.vocabulary.palette, None
-    short_side = rectify.recipe_of(world).short_side
-    strips = []
+    patch, strips = world.clip_model.visual.patch_size, []
     for name in chosen:
         image = data.read_image(images[name])
         size = (image.height, image.width)
-        tensor = data.to_tensor(data.short_side_to(image, short_side))[None].to(world.device)
-        tiles = [image] + [colour(predict(logits_of(tensor).float(), size), palette) for logits_of in found.values()]
+        tiles = [image]
+        for predictor in found.values():
+            tensor = data.to_tensor(data.short_side_to(image, predictor.short_side, patch))[None].to(world.device)
+            tiles.append(colour(predict(predictor.logits(tensor).float(), size), palette))
         if labels:
             truth = data.read_label(labels[name], data.lookup_table(world.name, len(world.vocabulary)), size) \
                 if name in labels else np.full(size, data.IGNORE)
@@ -291,8 +300,7 @@ def main(args: argparse.Namespace) -> dict:
     checkpoint = rectify.find_checkpoint(args, "rectify")
     world = open_world(args, checkpoint)
     query = cached_query(world)
-    images = data.validation_images(world.name, world.root)
-    labels = data.true_label_files(world.name, world.root, list(images), args.labels)
+    labels = data.true_label_files(world.name, world.root, list(world.validation_images), args.labels)
     if not labels:
         raise ValueError(f"{world.name}: expected labels of its validation images to measure against, found none. For a "
                          "folder of your own pass --labels DIR; to see results without labels use segment.py.")

@@ -23,6 +23,7 @@ The data flow, which is also the order of this file:
 from __future__ import annotations
 
 import argparse
+import functools
 
 import runs
 
@@ -34,7 +35,7 @@ def flags() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     FLAGS = flags().parse_args()            # before torch is imported: --help answers at once
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -330,14 +331,49 @@ class World:
     precision: str
     workers: int
     out: str
+    skip_broken: bool = False
+    skipped: list[str] = field(default_factory=list)       # ids of images that cannot be read, left out if asked
 
     def folder(self, stage: str) -> Path:
         return runs.stage_folder(self.out, self.name, stage)
+
+    @functools.cached_property
+    def training_images(self) -> dict[str, Path]:
+        """id → path; without those that cannot be read if `--skip-broken` says so."""
+        return self.without_broken(data.training_images(self.name, self.root))
+
+    @functools.cached_property
+    def validation_images(self) -> dict[str, Path]:
+        return self.without_broken(data.validation_images(self.name, self.root))
+
+    def without_broken(self, images: dict[str, Path]) -> dict[str, Path]:
+        if not self.skip_broken:
+            return images
+        good, broken = data.readable(images)
+        self.skipped = list(broken)
+        print(f"--skip-broken: {len(broken)} of {len(images)} images are left out.")
+        for reason in broken.values():
+            print(f"  {reason}")
+        if not good:
+            raise ValueError(f"--data {self.name}: expected images, found none of {len(images)} that can be read.")
+        return good
 
     def described(self) -> dict:
         """What a checkpoint remembers of its world, and `open_world` reads back."""
         return {"data": self.name, "root": self.root, "synonyms": [list(names) for names in self.vocabulary.synonyms],
                 "clip_name": self.clip_name, "clip": self.fingerprint}
+
+    def settings(self, recipe, seed: int) -> dict:
+        """What the weights of a training depend on: a checkpoint holds it, and a run with other settings is not resumed."""
+        return {"world": self.described(), "recipe": asdict(recipe), "seed": seed, "precision": self.precision,
+                "images": list(self.training_images)}
+
+    def header(self, stage: str, recipe, seed: int) -> dict:
+        """What a training prints before it starts and keeps as recipe.json."""
+        return {"stage": stage, "data": self.name, "images": len(self.training_images), "skipped": self.skipped,
+                "classes": len(self.vocabulary), "clip": f"{self.clip_name} ({self.fingerprint})",
+                "device": str(self.device), "precision": self.precision, "seed": seed, "versions": runs.versions(),
+                "recipe": asdict(recipe)}
 
     def refuse_misfit(self, checkpoint: dict) -> None:
         """Raise ValueError when a checkpoint was made for another class list or another CLIP."""
@@ -369,13 +405,20 @@ def open_world(args: argparse.Namespace, checkpoint: dict | None = None,
     model, _ = clip.load(clip_name, device)
     model.requires_grad_(False)                                     # frozen for ever: no gradient is even recorded
     world = World(name, root, vocabulary, clip_name, model, clip.fingerprint(model), device, args.precision,
-                  runs.workers_of(args, device), args.out)
+                  runs.workers_of(args, device), args.out, args.skip_broken)
     if known:
-        if runs.is_folder(name):
-            runs.refuse_unless(world.folder(checkpoint["stage"]) / "checkpoint.pt", "folder of images",
-                               expected=str(Path(name).resolve()), found=str(Path(known["data"]).resolve()))
+        refuse_another_folder(world)
         world.refuse_misfit(checkpoint)
     return world
+
+
+def refuse_another_folder(world: World) -> None:
+    """Raise ValueError when the run folder holds the rectification of another folder of images with the same name."""
+    path = world.folder("rectify") / "checkpoint.pt"
+    if path.exists():
+        expected, found = (str(Path(name).resolve()) if runs.is_folder(name) else name
+                           for name in (world.name, runs.load(path, "rectify")["settings"]["world"]["data"]))
+        runs.refuse_unless(path, "folder of images", expected=expected, found=found)
 
 
 def recipe_for(world: World, args: argparse.Namespace, recipes: dict):
@@ -446,21 +489,15 @@ def load_rectifier(world: World, checkpoint: dict) -> tuple[Recipe, Rectifier]:
 def main(args: argparse.Namespace) -> Path:
     """Train stage 1, measure it where labels exist, and return the checkpoint's path."""
     world = open_world(args)
+    refuse_another_folder(world)
     recipe = recipe_for(world, args, RECIPES)
     room = world.clip_model.prompt_room(world.vocabulary.names)
     if room < recipe.prompt_length:                 # the end token is never lost: the learned context gives way
         print(f"The longest class name leaves room for {room} learned vectors instead of {recipe.prompt_length}.")
         recipe = replace(recipe, prompt_length=room)
-    folder = world.folder("rectify")
-    images = data.training_images(world.name, world.root)
+    images = world.training_images
     per_epoch = data.steps_per_epoch(len(images), recipe.batch_size)
     steps, horizon = recipe.epochs * per_epoch, recipe.horizon * per_epoch
-    header = {"stage": "rectify", "data": world.name, "images": len(images), "classes": len(world.vocabulary),
-              "clip": f"{world.clip_name} ({world.fingerprint})", "device": str(world.device), "precision": world.precision,
-              "seed": args.seed, "versions": runs.versions(), "recipe": asdict(recipe)}
-    settings = {"world": world.described(), "recipe": asdict(recipe), "seed": args.seed, "precision": world.precision,
-                "images": list(images)}
-
     query = cached_query(world)
     hypotheses = multi_label_hypothesis(cached_votes(world, query, images, recipe), recipe.vote_threshold)
     row = {name: number for number, name in enumerate(images)}
@@ -469,7 +506,8 @@ def main(args: argparse.Namespace) -> Path:
     rectifier = Rectifier(world.clip_model, len(world.vocabulary), recipe.prompt_length).to(world.device)
     optimizer = torch.optim.SGD(rectifier.parameters(), lr=recipe.learning_rate, momentum=recipe.momentum,
                                 weight_decay=recipe.weight_decay)
-    run = runs.Training(folder, "rectify", settings, header, rectifier, optimizer, steps=steps,
+    run = runs.Training(world.folder("rectify"), "rectify", world.settings(recipe, args.seed),
+                        world.header("rectify", recipe, args.seed), rectifier, optimizer, steps=steps,
                         steps_per_epoch=per_epoch, resume=args.resume)
     transform = data.augmentation(recipe.short_side, recipe.crop, recipe.scale, recipe.distort)
     batches = data.training_batches(images, transform, batch_size=recipe.batch_size, first_step=run.first_step,

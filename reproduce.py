@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import runs
 
 
 def flags() -> argparse.ArgumentParser:
-    parser = runs.common_flags(__doc__, training=False)
+    parser = runs.common_flags(__doc__, training=False, seed=False)
     parser.add_argument("--seeds", type=runs.positive, default=5, metavar="N", help="use the seeds 0..N−1")
     return parser
 
@@ -33,15 +34,23 @@ import rectify
 
 
 def one_seed(args: argparse.Namespace, seed: int) -> dict:
-    """The metrics of all stages for one seed, from its folder if they are there."""
-    known = {name: value for name, value in vars(args).items() if name not in ("seeds", "seed", "out", "data")}
+    """The metrics of all stages for one seed; what is in its folder already is used, if it was made with these numbers."""
+    known = {name: value for name, value in vars(args).items() if name not in ("seeds", "out", "data")}
     known |= {"seed": seed, "out": str(Path(args.out) / "seeds" / str(seed)), "data": getattr(args, "data", "toyland")}
-    path = runs.stage_folder(known["out"], known["data"], "evaluate") / "metrics.json"
+    world = rectify.open_world(argparse.Namespace(**known))
+    path = world.folder("evaluate") / "metrics.json"
+    for stage in (rectify, distill):
+        checkpoint = world.folder(stage.__name__) / "checkpoint.pt"
+        if checkpoint.exists():
+            made = runs.load(checkpoint, stage.__name__)
+            world.refuse_misfit(made)
+            recipe = asdict(rectify.recipe_for(world, argparse.Namespace(**known), stage.RECIPES))
+            runs.refuse_unless(checkpoint, "recipe", expected=runs.plain(recipe), found=made["settings"]["recipe"])
+        else:
+            print(f"\n==== seed {seed} ====")
+            stage.main(argparse.Namespace(**known, resume=True))
+            path.unlink(missing_ok=True)
     if not path.exists():
-        print(f"\n==== seed {seed} ====")
-        for stage in (rectify, distill):
-            if not (runs.stage_folder(known["out"], known["data"], stage.__name__) / "checkpoint.pt").exists():
-                stage.main(argparse.Namespace(**known, resume=True))
         evaluate.main(argparse.Namespace(**known, labels=None, prompt_denoising=0.0))
     return json.loads(path.read_text())
 

@@ -30,7 +30,7 @@ from pathlib import Path
 # ------------------------------------------------------------------------------------------ flags
 
 
-def common_flags(description: str, training: bool = True) -> argparse.ArgumentParser:
+def common_flags(description: str, training: bool = True, seed: bool = True) -> argparse.ArgumentParser:
     """A parser with the flags that mean the same in every script."""
     parser = argparse.ArgumentParser(description=description.strip().split("\n\n")[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -55,7 +55,8 @@ def common_flags(description: str, training: bool = True) -> argparse.ArgumentPa
                        help="processes that decode images (default: 4 beside a GPU, else 0). Changes no result")
     where.add_argument("--skip-broken", action="store_true",
                        help="leave out images that cannot be read, and list them (default: the first one is an error)")
-    where.add_argument("--seed", type=int, metavar="N", default=0, help="of every random draw")
+    if seed:
+        where.add_argument("--seed", type=int, metavar="N", default=0, help="of every random draw")
     if training:
         train = parser.add_argument_group("training")
         train.add_argument("--epochs", type=positive, metavar="N", default=argparse.SUPPRESS,

@@ -2,7 +2,7 @@
 
     python segment.py photo.jpg --classes "cat, sofa, wall"
     python segment.py photo.jpg                the classes and the best stage of the newest run
-    python segment.py                          an unseen scene of Toyland
+    python segment.py                          an image that the newest run was not trained on, else a scene of Toyland
 
 Words for which nothing was trained are segmented by MaskCLIP, which needs no training; to rectify and distil them, give
 rectify.py a folder of such photographs. Writes <out>/segment/<photo>_overlay.png (classes over the photo, with a legend)
@@ -19,7 +19,7 @@ import runs
 
 def flags() -> argparse.ArgumentParser:
     parser = runs.common_flags(__doc__, training=False)
-    parser.add_argument("photo", nargs="?", metavar="PHOTO", help="an image file (default: a scene of Toyland)")
+    parser.add_argument("photo", nargs="?", metavar="PHOTO", help="an image file (default: a validation image of the newest run, else a scene of Toyland)")
     extra = parser.add_argument_group("segmentation")
     extra.add_argument("--stage", choices=("auto", "vanilla", "maskclip", "rectify", "distill"), default="auto",
                        help="auto: the furthest stage that was trained for these classes")
@@ -99,6 +99,9 @@ def wanted_vocabulary(args: argparse.Namespace, checkpoint: dict | None) -> data
     name = checkpoint["settings"]["world"]["data"] if checkpoint else getattr(args, "data", "photo")
     if os.path.isfile(args.classes):            # Path.is_file would stumble over a list longer than a file name can be
         return data.vocabulary(name, args.classes)
+    if "," not in args.classes:                 # one word has nothing to be told from: a file's name, mistyped
+        raise ValueError(f"--classes {args.classes}: expected a text file with one class name a line, or at least two words "
+                         "with commas between them; found no such file and one word.")
     return data.vocabulary_of(name, data.parse_classes(args.classes.split(","), source="--classes"))
 
 
@@ -135,16 +138,17 @@ def main(args: argparse.Namespace) -> Path:
     else:
         query = cached_query(world) if checkpoint else rectify.query_features(world.clip_model, world.vocabulary)
     if photo is None:
-        photo = data.read_image(data.validation_images("toyland", world.root)["val/0007"])
-    name = Path(args.photo).stem if args.photo else "toyland"
+        photo = data.read_image(next(iter(world.validation_images.values())))
+    name = Path(args.photo).stem if args.photo else Path(world.name).name
     print(f"{evaluate.STAGES[stage]}, CLIP {world.clip_name}, {len(names)} classes: {', '.join(names)}")
     if stage == "maskclip" and args.stage == "auto":
         print("No rectification was trained for these words. MaskCLIP's biases are still in the picture; to remove them: "
               "python rectify.py --data FOLDER --classes FILE")
 
-    tensor = data.to_tensor(data.short_side_to(photo, rectify.recipe_of(world).short_side))[None].to(world.device)
+    predictor, patch = evaluate.predictors(world, query, [stage])[stage], world.clip_model.visual.patch_size
+    tensor = data.to_tensor(data.short_side_to(photo, predictor.short_side, patch))[None].to(world.device)
     with torch.no_grad(), runs.autocast(world.device, world.precision):
-        logits = evaluate.predictors(world, query, [stage])[stage](tensor).float()
+        logits = predictor.logits(tensor).float()
     threshold = value if kind == "threshold" else None
     classes = segment(logits, (photo.height, photo.width), len(names), evaluate.DENOISING_SCALE[stage], threshold)
 

@@ -1,7 +1,7 @@
 """Toyland: a small drawn world in which the whole method runs in minutes, and the training of its small CLIP.
 
     python toyland.py                 draw the scenes into data/toyland and a contact sheet to look at
-    python toyland.py --pretrain      train the small CLIP from captions alone; writes clip/toyland.pt
+    python toyland.py --pretrain      train the small CLIP from captions alone; writes clip/toyland.pt. --resume goes on
 
 Two kinds of pictures, as in the real story of CLIP and its use for segmentation:
 
@@ -17,7 +17,7 @@ scenes               96×128, several stuffs, things anywhere. This is what is s
 from __future__ import annotations
 
 import argparse
-import os
+import hashlib
 import time
 from pathlib import Path
 
@@ -32,9 +32,11 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--root", default="data", metavar="DIR", help="the scenes go to DIR/toyland")
     parser.add_argument("--pretrain", action="store_true", help="train the small CLIP and the small ResNet")
     parser.add_argument("--weights", default="clip", metavar="DIR", help="where --pretrain writes its two files")
-    parser.add_argument("--pictures", type=int, default=60_000, help="captioned pictures to draw for --pretrain")
-    parser.add_argument("--epochs", type=int, default=7, help="passes over them")
+    parser.add_argument("--pictures", type=runs.positive, default=60_000, help="captioned pictures to draw for --pretrain")
+    parser.add_argument("--epochs", type=runs.positive, default=7, help="passes over them")
     parser.add_argument("--seed", type=int, default=0, help="of the captioned pictures and the training")
+    parser.add_argument("--resume", action="store_true", help="continue an unfinished --pretrain where it stopped")
+    parser.add_argument("--out", metavar="DIR", default="runs", help="--pretrain keeps its state in DIR/toyland/")
     return parser
 
 
@@ -371,8 +373,9 @@ def scene(split: str, number: int) -> tuple[np.ndarray, np.ndarray]:
 def draw_dataset(root: Path) -> Path:
     """Draw Toyland's dataset once, into `root`/toyland: images/{train,val}/*.png and labels/val/*.png.
 
-    What is there already is kept, unless this file draws another world than it did then. The training scenes' truth is not written: nothing that trains could read it.
-    Files are written under a temporary name and renamed, so that a killed run leaves no half picture behind.
+    What is there already is kept, unless this file draws another world than it did then. The training scenes' truth is not
+    written: nothing that trains could read it. Files are written under a temporary name and renamed, so that a killed run
+    leaves no half picture behind.
     """
     root = Path(root) / "toyland"
     wanted = [(split, f"{number:04d}.png", number) for split, count in (("train", TRAIN_SCENES), ("val", VAL_SCENES))
@@ -480,37 +483,72 @@ def caption_loss(image_features: Tensor, text_features: Tensor, caption: Tensor,
     return (images_to_texts + texts_to_images) / 2
 
 
-def pretrain(pictures: np.ndarray, captions: list[str], epochs: int, seed: int):
+class Draws:
+    """All chance in a pre-training: the order of the pictures, NumPy's generator, and torch's own.
+
+    A state that can be saved: a training that continues draws what one without interruption would have drawn.
+    """
+
+    def __init__(self, pictures: int, *seed: int):
+        self.pictures, self.rng, self.order = pictures, np.random.default_rng(seed), np.arange(pictures)
+        self.per_epoch = pictures // BATCH
+
+    def batch(self, step: int) -> np.ndarray:
+        """The numbers of a step's pictures, (BATCH,), sorted. Every epoch has a new order."""
+        if step % self.per_epoch == 0:
+            self.order = self.rng.permutation(self.pictures)
+        return np.sort(self.order[step % self.per_epoch * BATCH:][:BATCH])
+
+    def state_dict(self) -> dict:
+        return {"order": torch.from_numpy(self.order), "numpy": self.rng.bit_generator.state, "torch": torch.get_rng_state()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.order, self.rng.bit_generator.state = state["order"].numpy(), state["numpy"]
+        torch.set_rng_state(state["torch"])
+
+
+def training_of(model, optimizer, schedule, draws: Draws, stage: str, pictures: np.ndarray, epochs: int, seed: int,
+                out: str, resume: bool) -> runs.Training:
+    """The frame of a pre-training: header, bar, saving, resuming. A run on other pictures is not continued."""
+    settings = {"epochs": epochs, "seed": seed, "pictures": len(pictures), "batch": BATCH,
+                "drawn": hashlib.sha256(pictures.data).hexdigest()[:16]}
+    return runs.Training(runs.stage_folder(out, "toyland", stage), stage, settings,
+                         {"stage": stage, "versions": runs.versions(), **settings}, model, optimizer,
+                         steps=epochs * draws.per_epoch, steps_per_epoch=draws.per_epoch, resume=resume,
+                         also={"schedule": schedule, "draws": draws})
+
+
+def pretrain(pictures: np.ndarray, captions: list[str], epochs: int, seed: int, out: str = "runs", resume: bool = False):
     """The small CLIP, from captioned pictures alone. The order of pictures and templates follows the seed."""
     import clip
     torch.manual_seed(seed)
-    rng = np.random.default_rng([4, seed])
+    draws = Draws(len(pictures), 4, seed)
     model = clip.CLIP(**SMALL_CLIP)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)
-    steps = epochs * (len(pictures) // BATCH)
+    steps = epochs * draws.per_epoch
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.05,
                                                    cycle_momentum=False)
-    bar = tqdm(range(steps), desc="small CLIP", unit="step")
-    for step in bar:
-        place = step % (len(pictures) // BATCH)
-        if place == 0:
-            order = rng.permutation(len(pictures))
-        chosen = np.sort(order[place * BATCH:(place + 1) * BATCH])
-        images = to_batch(pictures[chosen])
-        unique, caption = np.unique([captions[i] for i in chosen], return_inverse=True)
-        texts = [TEMPLATES[rng.integers(len(TEMPLATES))].format(named) for named in unique]
-        dropout = PATCH_DROPOUT if step < (1 - WHOLE_PICTURES) * steps else 0.0
-        image_features = F.normalize(encode_some_patches(model, images, dropout), dim=-1)
-        text_features = F.normalize(model.encode_text(clip.tokenize(texts)), dim=-1)
-        loss = caption_loss(image_features, text_features, torch.from_numpy(caption), model.logit_scale.exp())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        with torch.no_grad():
-            model.logit_scale.clamp_(max=np.log(100))                           # CLIP, Sec. 2.5
-        if step % 20 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}", scale=f"{model.logit_scale.exp().item():.0f}")
+    run = training_of(model, optimizer, schedule, draws, "pretrain", pictures, epochs, seed, out, resume)
+    with run:
+        for step in range(run.first_step, steps):
+            chosen = draws.batch(step)
+            images = to_batch(pictures[chosen])
+            unique, caption = np.unique([captions[i] for i in chosen], return_inverse=True)
+            texts = [TEMPLATES[draws.rng.integers(len(TEMPLATES))].format(named) for named in unique]
+            dropout = PATCH_DROPOUT if step < (1 - WHOLE_PICTURES) * steps else 0.0
+            image_features = F.normalize(encode_some_patches(model, images, dropout), dim=-1)
+            text_features = F.normalize(model.encode_text(clip.tokenize(texts)), dim=-1)
+            loss = caption_loss(image_features, text_features, torch.from_numpy(caption), model.logit_scale.exp())
+            run.refuse_non_finite(loss, step, texts)
+            rate = optimizer.param_groups[0]["lr"]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            with torch.no_grad():
+                model.logit_scale.clamp_(max=np.log(100))                       # CLIP, Sec. 2.5
+            run.done(step, {"loss": loss.item(), "scale": model.logit_scale.exp().item()}, rate)
+    run.finish()
     return model.eval()
 
 
@@ -559,28 +597,30 @@ def small_resnet(pretrained: bool = True) -> SmallResNet:
     return resnet
 
 
-def pretrain_resnet(pictures: np.ndarray, captions: list[str], epochs: int, seed: int) -> SmallResNet:
+def pretrain_resnet(pictures: np.ndarray, captions: list[str], epochs: int, seed: int, out: str = "runs",
+                    resume: bool = False) -> SmallResNet:
     """Train the small ResNet to say which classes a picture's caption names: one yes or no per class."""
     torch.manual_seed(seed)
-    rng = np.random.default_rng([5, seed])
+    draws = Draws(len(pictures), 5, seed)
     named = torch.tensor([[name in caption.replace(" and the ", " ").replace(" on the ", " ").split() for name in CLASSES]
                           for caption in captions]).float()
     resnet = small_resnet(pretrained=False)
     optimizer = torch.optim.SGD(resnet.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
-    per_epoch = len(pictures) // BATCH
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=epochs * per_epoch, cycle_momentum=False)
-    bar = tqdm(range(epochs * per_epoch), desc="small ResNet", unit="step", mininterval=1)
-    for step in bar:
-        if step % per_epoch == 0:
-            order = rng.permutation(len(pictures))
-        chosen = np.sort(order[step % per_epoch * BATCH:][:BATCH])
-        loss = F.binary_cross_entropy_with_logits(resnet(to_batch(pictures[chosen])), named[chosen])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        if step % 20 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
+    steps = epochs * draws.per_epoch
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps, cycle_momentum=False)
+    run = training_of(resnet, optimizer, schedule, draws, "pretrain_resnet", pictures, epochs, seed, out, resume)
+    with run:
+        for step in range(run.first_step, steps):
+            chosen = draws.batch(step)
+            loss = F.binary_cross_entropy_with_logits(resnet(to_batch(pictures[chosen])), named[chosen])
+            run.refuse_non_finite(loss, step, [captions[i] for i in chosen])
+            rate = optimizer.param_groups[0]["lr"]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            run.done(step, {"loss": loss.item()}, rate)
+    run.finish()
     return resnet.eval()
 
 
@@ -588,11 +628,13 @@ def pretrain_resnet(pictures: np.ndarray, captions: list[str], epochs: int, seed
 
 def main(args: argparse.Namespace) -> None:
     if args.pretrain:
+        if args.pictures < BATCH:
+            raise ValueError(f"--pictures: expected at least {BATCH}, one batch; found {args.pictures}.")
         started = time.monotonic()
         torch.set_num_threads(1)                # so that every bit is the same for any number of cores
         pictures, captions = pretraining_pictures(args.seed, args.pictures)
-        model = pretrain(pictures, captions, args.epochs, args.seed)
-        resnet = pretrain_resnet(pictures, captions, RESNET_EPOCHS, args.seed)
+        model = pretrain(pictures, captions, args.epochs, args.seed, args.out, args.resume)
+        resnet = pretrain_resnet(pictures, captions, RESNET_EPOCHS, args.seed, args.out, args.resume)
         folder = Path(args.weights)
         runs.save(folder / "toyland.pt", weights_to_ship(model, captions))
         runs.save(folder / "toyland_resnet.pt", {name: tensor.half() if tensor.is_floating_point() else tensor

@@ -145,9 +145,12 @@ def test_own_lookup_table_value_by_value(name, classes):
 
 def test_labels_of_a_known_dataset_are_not_read_as_other_classes():
     """VOC's labels with three words of one's own would give numbers that mean nothing: an error."""
-    assert data.labels_fit("voc", 20) and not data.labels_fit("voc", 3) and data.labels_fit("photos", 3)
     with pytest.raises(ValueError, match="labels of voc .* 20 classes: expected as many.*found 3"):
-        data.lookup_table("voc", 3)
+        data.refuse_other_classes("voc", ["cat", "dog", "cow"])
+    swapped = data.VOC_CLASSES[1::-1] + data.VOC_CLASSES[2:]
+    assert not data.labels_fit("voc", swapped) and not data.labels_fit("voc", data.VOC_CLASSES[:3])
+    assert data.labels_fit("voc", ["plane", *data.VOC_CLASSES[1:]])                 # another word for the same class
+    assert data.labels_fit("voc", data.VOC_CLASSES) and data.labels_fit("photos", ["cat", "dog"])
 
 
 def test_label_is_read_as_indices(tmp_path):
@@ -258,6 +261,8 @@ def test_folder_of_images_of_any_kind_and_depth(tmp_path):
 def test_two_images_that_differ_in_their_suffix_alone_are_refused(tmp_path):
     """Results are kept by name; the same stem in two folders is fine."""
     write_photos(tmp_path, "x/cat.jpg", "y/cat.jpg")
+    assert list(data.images_in(tmp_path)) == ["x/cat", "y/cat"]
+    write_photos(tmp_path, "._a.jpg", ".thumbnails/a.jpg", "x/.hidden.png")             # what systems leave behind
     assert list(data.images_in(tmp_path)) == ["x/cat", "y/cat"]
     write_photos(tmp_path, "x/cat.png")
     with pytest.raises(ValueError, match=r"found cat\.jpg and cat\.png, which differ only in their suffix"):
@@ -374,6 +379,14 @@ def test_tensor_is_normalised_with_clips_mean_and_std():
 @pytest.mark.parametrize("size, expected", [((56, 40), (28, 20)), ((40, 56), (20, 28)), ((10, 10), (20, 20))])
 def test_short_side_is_resized_and_the_shape_kept(size, expected):
     assert data.short_side_to(Image.new("RGB", size), 20).size == expected
+
+
+@pytest.mark.parametrize("size, expected", [((500, 375), (448, 336)), ((500, 332), (512, 336)), ((500, 334), (496, 336)),
+                                            ((1, 1), (336, 336)), ((500, 1), (2048, 16)), ((3000, 500), (2016, 336)),
+                                            ((3000, 400), (2048, 272))])
+def test_image_is_resized_to_whole_patches(size, expected):
+    """(width, height) for a short side of 336 and patches of 16; a panorama's long side is 2048 at most."""
+    assert data.short_side_to(Image.new("RGB", size), 336, multiple=16).size == expected
 
 
 @pytest.mark.parametrize("size", [(200, 30), (30, 200), (64, 64), (16, 12)])

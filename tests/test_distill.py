@@ -416,7 +416,7 @@ def checkpoint(world: rectify.World, student: distill.Student) -> dict:
 def test_load_student_gives_the_trained_student_back(world, student):
     """From checkpoint.pt: the same logits, in eval mode, whatever query is at hand."""
     runs.save(world.folder("distill") / "checkpoint.pt", checkpoint(world, student))
-    found = distill.load_student(world, unit(C, D, seed=8))
+    short_side, found = distill.load_student(world, unit(C, D, seed=8))
     assert not found.training
     assert torch.equal(found.logits(IMAGES), student.eval().logits(IMAGES))
 

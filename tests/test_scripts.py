@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,13 +34,6 @@ from helpers import (SMALLEST, VOC_BASE, photo, quick_recipes, refusal, run, wri
 
 SCRIPTS = ["distill", "evaluate", "rectify", "segment", "toyland"]
 FIELDS = {"miou", "pixel_accuracy", "per_class_iou", "fingerprint"}
-
-
-@pytest.fixture(scope="module")
-def tiny_clip(tmp_path_factory):
-    path = tmp_path_factory.mktemp("clip") / "tiny.pt"
-    write_openai_archive(path, **SMALLEST)
-    return path
 
 
 @pytest.fixture
@@ -181,7 +175,7 @@ def test_measured_numbers_are_those_of_the_predictions(voc):
     query = rectify.query_features(world.clip_model, world.vocabulary)
     predicted, truth = [], []
     for name, path in data.validation_images("voc", "data").items():
-        image = data.to_tensor(data.short_side_to(data.read_image(path), 32))[None]
+        image = data.to_tensor(data.short_side_to(data.read_image(path), 32, multiple=8))[None]
         cosines = torch.einsum("bdhw,cd->bchw", world.clip_model.encode_dense(image, path="residual"), query)
         up = torch.nn.functional.interpolate(cosines, size=(40, 56), mode="bilinear", align_corners=False)
         predicted.append(up.argmax(dim=1).flatten().numpy())
@@ -257,11 +251,65 @@ def test_student_of_another_teacher_is_left_out(voc, capsys):
     assert list(run(evaluate)) == ["vanilla", "maskclip", "rectify", "distill"]
 
 
+def test_student_is_measured_at_the_size_it_was_trained_at(voc, monkeypatch):
+    """Stage 1 sees a short side of 32 pixels, the student one of 48: each its own, in metrics as in pictures."""
+    monkeypatch.setitem(distill.RECIPES, "voc", replace(distill.RECIPES["voc"], short_side=48))
+    run(rectify, *voc)
+    run(distill)
+    seen = []
+    logits = distill.Student.logits
+    monkeypatch.setattr(distill.Student, "logits", lambda self, images: seen.append(images.shape[-2:]) or logits(self, images))
+    metrics = run(evaluate)
+    assert {stage: found["fingerprint"]["short_side"] for stage, found in metrics.items()} \
+        == {"vanilla": 32, "maskclip": 32, "rectify": 32, "distill": 48}
+    run(segment, "data/VOCdevkit/VOC2012/JPEGImages/2007_000033.jpg")
+    assert len(seen) == 5 and {min(size) for size in seen} == {48}
+
+
+def break_photos(*names: str) -> None:
+    for name in names:
+        Path(name).write_bytes(Path(name).read_bytes()[:300])
+
+
+def test_broken_images_are_skipped_counted_and_listed_where_asked(photos, capsys):
+    """The same weights as without them, from the first stage to the last picture; without the flag the first is an error."""
+    shutil.copytree("photos", "whole/photos")
+    write_photos(Path("photos"), "broken one.jpg", "late.png")
+    break_photos("photos/broken one.jpg", "photos/late.png")
+    assert "photos/broken one.jpg: expected an image" in refusal(capsys, rectify, *photos)
+    run(rectify, *photos, "--skip-broken", "--out", "some")
+    said = capsys.readouterr().out
+    assert "2 of 7 images are left out" in said and "broken one.jpg" in said and "late.png" in said
+    run(distill, "--skip-broken", "--out", "some")
+    recipe = read_json("some/photos/rectify/recipe.json")
+    assert recipe["images"] == 5 and recipe["skipped"] == ["broken one", "late"]
+    run(rectify, "--data", "whole/photos", *photos[2:], "--out", "all")
+    run(distill, "--out", "all")
+    for stage in ("rectify", "distill"):
+        assert same_weights(weights_of(stage, "some", "photos"), weights_of(stage, "all", "photos"))
+    break_photos(*(str(path) for path in Path("photos").rglob("*.*")))
+    assert "found none of 7 that can be read" in refusal(capsys, rectify, *photos, "--skip-broken", "--out", "none")
+
+
+def test_labels_among_the_photos_are_refused(photos, capsys):
+    """A folder of index pictures inside the folder of photos would be trained on."""
+    write_label(Path("photos/labels/z.png"), np.zeros((40, 56)))
+    said = refusal(capsys, rectify, *photos)
+    assert "photos/labels/z.png, an index picture with the name of photos/z.tif" in said and "--labels" in said
+
+
 def test_two_folders_of_one_name_are_told_apart(photos, capsys):
     """A teacher of other images is refused, although words and CLIP are the same."""
     run(rectify, *photos)
     shutil.copytree("photos", "elsewhere/photos")
     assert "another folder of images" in refusal(capsys, distill, "--data", "elsewhere/photos")
+    before = content_of("runs")
+    assert "another folder of images" in refusal(capsys, rectify, "--data", "elsewhere/photos", *photos[2:])    # nor overwritten
+    shutil.copytree("photos", "elsewhere/voc")
+    run(rectify, "--data", "elsewhere/voc", *photos[2:], "--out", "other")
+    write_voc_tree(Path("data"))
+    assert "another folder of images" in refusal(capsys, rectify, "--data", "voc", *photos[4:], "--out", "other")
+    assert content_of("runs") == before
 
 
 def test_reproduce_tabulates_seeds_and_goes_on_where_it_stopped(voc, capsys):
@@ -606,7 +654,7 @@ def test_damaged_checkpoint_is_refused_by_every_later_stage(photos, capsys):
         with pytest.raises(SystemExit) as end, runs.errors_in_one_paragraph():
             run(script, *flags)
         said = capsys.readouterr().err
-        assert end.value.code == 2 and "checkpoint.pt is damaged" in said and "python rectify.py" in said
+        assert end.value.code == 2 and "checkpoint.pt: expected a checkpoint, found a damaged file" in said and "python rectify.py" in said
 
 
 def test_nothing_to_measure_against_is_an_error_that_says_what_to_do(photos, capsys):

@@ -86,13 +86,6 @@ def test_overlay_paints_classes_and_leaves_the_background():
 
 # ------------------------------------------------------------------------------------------ the script
 
-@pytest.fixture(scope="module")
-def tiny_clip(tmp_path_factory):
-    path = tmp_path_factory.mktemp("clip") / "tiny.pt"
-    write_openai_archive(path, **SMALLEST)
-    return path
-
-
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """An empty folder to work in, with one photo, small recipes and no run."""
@@ -228,7 +221,8 @@ def test_without_a_photo_a_scene_of_toyland_is_shown(place, tiny_clip, monkeypat
     (["nothing.jpg", "--classes", "cat, dog"], ["nothing.jpg"]),
     (["text.jpg", "--classes", "cat, dog"], ["text.jpg: expected an image"]),
     (["my cat.jpg"], ["expected words to look for; found no --classes", "my cat.jpg --classes"]),
-    (["my cat.jpg", "--classes", "cat"], ["at least two classes, found 1"]),
+    (["my cat.jpg", "--classes", "cat"], ["at least two words", "found no such file and one word"]),
+    (["my cat.jpg", "--classes", "cat,"], ["expected a name for class 2"]),
     (["my cat.jpg", "--classes", "cat, Cat"], ["found 'Cat' at class 1 and at class 2"]),
     (["my cat.jpg", "--classes", "cat, dog", "--background", "some"], ["--background: expected none", "found 'some'"]),
     (["my cat.jpg", "--classes", "cat, dog", "--stage", "distill"], ["--stage distill: expected a checkpoint", "cat, dog"]),

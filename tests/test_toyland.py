@@ -269,8 +269,8 @@ def test_pretraining_follows_its_seed_and_its_shipped_file_is_a_clip(tmp_path, m
     monkeypatch.setattr(toyland, "SMALL_CLIP", TINY_CLIP)
     monkeypatch.setattr(toyland, "BATCH", 32)
     pictures, captions = toyland.draw_chunk((0, 0, 64))
-    model = toyland.pretrain(pictures, captions, epochs=2, seed=0)
-    again = toyland.pretrain(pictures, captions, epochs=2, seed=0)
+    model = toyland.pretrain(pictures, captions, epochs=2, seed=0, out=tmp_path / "a")
+    again = toyland.pretrain(pictures, captions, epochs=2, seed=0, out=tmp_path / "b")
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
     runs.save(tmp_path / "toyland.pt", toyland.weights_to_ship(model, captions))
     assert (tmp_path / "toyland.pt").stat().st_size < 2_000_000                # the dense table alone would take 6 MB
@@ -279,6 +279,32 @@ def test_pretraining_follows_its_seed_and_its_shipped_file_is_a_clip(tmp_path, m
     assert torch.allclose(loaded.encode_text(texts), model.encode_text(texts), rtol=0.02, atol=0.02)
     table = loaded.token_embedding.weight
     assert table.shape == (49408, 64) and 10 < table.any(dim=1).sum() < 100
+
+
+@pytest.mark.parametrize("stop", [0, 2, 3, 5])
+def test_stopped_pretraining_goes_on_to_the_same_bits(tmp_path, monkeypatch, stop):
+    """Ctrl-C in the first step, within an epoch, at its end and in the last step: order, flips, templates, patches that are
+    left out and the schedule continue as if nothing had been, for CLIP and for the ResNet."""
+    monkeypatch.setattr(toyland, "SMALL_CLIP", TINY_CLIP)
+    monkeypatch.setattr(toyland, "BATCH", 16)
+    pictures, captions = toyland.draw_chunk((0, 0, 48))
+    done = runs.Training.done
+
+    def done_and_stop(self, step, *rest):
+        if step == stop:
+            self.ask_to_stop()
+        done(self, step, *rest)
+
+    for train in (toyland.pretrain, toyland.pretrain_resnet):
+        whole = train(pictures, captions, 2, 0, tmp_path / "whole")
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(runs.Training, "done", done_and_stop)
+            train(pictures, captions, 2, 0, tmp_path / "broken")
+        torch.manual_seed(99)
+        found = train(pictures, captions, 2, 0, tmp_path / "broken", resume=True)
+        assert all(torch.equal(tensor, found.state_dict()[name]) for name, tensor in whole.state_dict().items())
+        with pytest.raises(ValueError, match="another"):
+            train(1 + pictures, captions, 2, 0, tmp_path / "broken", resume=True)
 
 
 # ------------------------------------------------------------------------------------------ the small ResNet
@@ -312,7 +338,7 @@ def test_small_resnet_reads_its_half_precision_weights(tmp_path, monkeypatch):
                for name, tensor in expected.items())
 
 
-def test_resnet_learns_the_words_of_the_captions(monkeypatch):
+def test_resnet_learns_the_words_of_the_captions(tmp_path, monkeypatch):
     """The targets are the names in the caption and nothing else; the same seed gives the same weights."""
     targets = []
     loss = F.binary_cross_entropy_with_logits
@@ -320,8 +346,8 @@ def test_resnet_learns_the_words_of_the_captions(monkeypatch):
     monkeypatch.setattr(toyland, "BATCH", 4)
     pictures, _ = toyland.draw_chunk((0, 0, 4))
     captions = ["car and the tree on the grass", "sky", "bus", "sky and the sun"]
-    resnet = toyland.pretrain_resnet(pictures, captions, epochs=1, seed=0)
+    resnet = toyland.pretrain_resnet(pictures, captions, epochs=1, seed=0, out=tmp_path / "a")
     named = [[toyland.CLASSES[k] for k in row.nonzero().flatten().tolist()] for row in targets[0]]
     assert named == [["grass", "tree", "car"], ["sky"], ["bus"], ["sky", "sun"]]
-    again = toyland.pretrain_resnet(pictures, captions, epochs=1, seed=0)
+    again = toyland.pretrain_resnet(pictures, captions, epochs=1, seed=0, out=tmp_path / "b")
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in resnet.state_dict().items())
