@@ -185,7 +185,14 @@ def save(path: Path, content: dict) -> None:
         except RuntimeError as error:       # behind a full disk torch's zip writer raises an error of its own
             raise error.__context__ if isinstance(error.__context__, OSError) else error
 
+    remove_leftovers(path.parent, path.name)
     write_atomically(path, write)
+
+
+def remove_leftovers(folder: Path, of: str = "") -> None:
+    """Delete what runs that were killed while they wrote left behind, of all files in a folder or of one."""
+    for leftover in folder.glob(f"{of}*.part"):
+        leftover.unlink(missing_ok=True)
 
 
 def read(path: Path):
@@ -256,8 +263,8 @@ class Training:
         self.stop_asked = False
         self.first_step = self.load() if resume else 0
         self.unfinished.mkdir(parents=True, exist_ok=True)
-        for leftover in [*folder.glob("*.part"), *self.unfinished.glob("*.part")]:
-            leftover.unlink()                   # of runs that were killed while they wrote
+        remove_leftovers(folder)
+        remove_leftovers(self.unfinished)
         for name, value in header.items():
             print(f"{name:>10}  {value}")
         write_json(self.unfinished / "recipe.json", plain(header))
@@ -356,8 +363,6 @@ def cached(folder: Path, name: str, key, make):
         except Exception as error:
             print(f"{path} is damaged ({type(error).__name__}): making it again.")
     content = make()
-    for leftover in path.parent.glob(f"{name}-*.part"):             # of runs that were killed while they wrote
-        leftover.unlink()
     save(path, content)
     return content
 

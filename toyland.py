@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import time
 from pathlib import Path
 
@@ -431,13 +432,13 @@ RESNET_EPOCHS = 2
 
 def pretraining_pictures(seed: int, count: int) -> tuple[np.ndarray, list[str]]:
     """`count` captioned pictures, (count, 64, 64, 3) uint8, and what their captions name."""
-    from concurrent.futures import ProcessPoolExecutor
     chunks = [(seed, chunk, min(500, count - chunk)) for chunk in range(0, count, 500)]
     pictures, captions = np.empty((count, PICTURE, PICTURE, 3), np.uint8), []
-    with ProcessPoolExecutor() as pool:
-        for images, texts in tqdm(pool.map(draw_chunk, chunks), total=len(chunks), desc="drawing", unit="×500"):
-            pictures[len(captions):len(captions) + len(texts)] = images
-            captions.extend(texts)
+    # torch's loader, for its processes end when this one is killed; those of Python's own pools would wait for ever.
+    loader = torch.utils.data.DataLoader(chunks, batch_size=None, collate_fn=draw_chunk, num_workers=os.cpu_count() or 1)
+    for images, texts in tqdm(loader, desc="drawing", unit="×500"):
+        pictures[len(captions):len(captions) + len(texts)] = images
+        captions.extend(texts)
     return pictures, captions
 
 
