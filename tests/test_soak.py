@@ -1,4 +1,4 @@
-"""A long run needs no more memory than a short one: 1,000 steps of each stage, then 2,000 images of differing sizes measured.
+"""A long run needs no more memory than a short one: 1,000 steps of each stage, 2,000 images of differing sizes measured.
 
     python -m pytest tests/test_soak.py              # about a minute on one core
 
