@@ -95,11 +95,10 @@ def test_measures_equal_those_of_sets_of_pixels(case):
     C, true_label, predicted = case
     counted = [i for i, value in enumerate(true_label.tolist()) if value != IGNORE]
     confusion = evaluate.confusion_matrix(true_label, predicted, C)
-    ious = []
-    for k in range(C):
-        truth = {i for i in counted if true_label[i] == k}
-        said = {i for i in counted if predicted[i] == k}
-        ious.append(len(truth & said) / len(truth | said) if truth | said else math.nan)
+    truth = [{i for i in counted if true_label[i] == k} for k in range(C)]
+    said = [{i for i in counted if predicted[i] == k} for k in range(C)]
+    assert confusion.tolist() == [[len(true & called) for called in said] for true in truth]
+    ious = [len(true & called) / len(true | called) if true | called else math.nan for true, called in zip(truth, said)]
     assert evaluate.class_iou(confusion).tolist() == pytest.approx(ious, nan_ok=True)
     assert all(0 <= iou <= 1 for iou in ious if not math.isnan(iou))
     assume(counted)
@@ -322,7 +321,7 @@ def test_the_short_side_gets_its_size_and_the_long_side_its_share(width, height,
 
 
 @any_input
-@given(pixels, pixels, st.integers(1, 24), st.tuples(st.integers(1, 40), st.integers(1, 40)),
+@given(pixels, pixels, st.integers(2, 24), st.tuples(st.integers(1, 40), st.integers(1, 40)),
        st.sampled_from([(1.0, 1.0), (0.5, 2.0)]), st.booleans(), st.integers(0, 2 ** 32))
 def test_an_augmented_image_always_has_the_crops_size(width, height, short_side, crop, scale, distort, seed):
     transform = data.augmentation(short_side, crop, scale, distort)
@@ -413,8 +412,9 @@ def test_every_epoch_is_another_permutation_of_the_images(images, batch_size, ep
     steps = epochs * data.steps_per_epoch(images, batch_size)
     batches = list(data.Batches(images, batch_size, first_step=0, steps=steps, seed=seed))
     assert len(batches) == steps and {len(batch) for batch in batches} == {min(batch_size, images)}
-    for epoch in range(epochs):
-        order = [index for batch in batches for when, index in batch if when == epoch]
+    orders = [[index for batch in batches for when, index in batch if when == epoch] for epoch in range(epochs)]
+    assert images < 12 or len(set(map(tuple, orders))) == epochs            # few images may well come in one order twice
+    for order in orders:
         assert len(order) == max(min(batch_size, images), images - images % batch_size)
         assert len(set(order)) == len(order) and set(order) <= set(range(images))
 
