@@ -355,7 +355,7 @@ def model():
 
 
 @any_input
-@given(st.integers(1, 40), st.integers(1, 40))
+@given(st.integers(1, 6) | st.just(40), st.integers(1, 6) | st.just(40))            # often 4, CLIP's own
 def test_positions_fit_every_grid(model, h, w):
     """CLIP's own on its own grid; on any other finite ones that spread no farther than bicubic overshoots."""
     own = model.visual.positional_embedding[1:].T.unflatten(dim=1, sizes=(4, 4))
