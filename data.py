@@ -11,6 +11,7 @@ A dataset is known by name (`toyland`, `voc`) or is a folder of your own images 
 from __future__ import annotations
 
 import contextlib
+import functools
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,31 +122,40 @@ def parse_classes(lines: list[str], source: str) -> tuple[tuple[str, ...], ...]:
                          "with one there is nothing to decide. Add what else is in the images (wall, grass, sky, …).")
     if len(synonyms) > IGNORE:
         raise ValueError(f"{source}: expected at most {IGNORE} classes (a label picture has 256 values), found {len(synonyms)}.")
-    seen: dict[str, int] = {}
+    seen: dict[tuple[int, ...], tuple[str, int]] = {}       # by what CLIP reads: letter case and extra spaces are nothing
     for number, names in enumerate(synonyms, start=1):
         if not names:
             raise ValueError(f"{source}: expected a name for class {number}, found only commas. Name it or remove the line.")
         for name in names:
-            if name.lower() in seen:
-                raise ValueError(f"{source}: expected every name once, found {name!r} at class {seen[name.lower()]} and at "
-                                 f"class {number}. Remove one of them.")
-            seen[name.lower()] = number
-    check_lengths(synonyms, source)
+            tokens = tokens_of_name(name, source)
+            if tokens in seen:
+                other, where = seen[tokens]
+                same = "" if other.lower() == name.lower() else f": to CLIP it is the same as {other!r}"
+                raise ValueError(f"{source}: expected every name once, found {name!r} at class {where} and at class {number}"
+                                 f"{same}. Remove one of them.")
+            seen[tokens] = name, number
     return synonyms
 
 
-def check_lengths(synonyms: tuple[tuple[str, ...], ...], source: str) -> None:
-    """Refuse a name that cannot be said inside CLIP's 77 tokens, before anything is computed."""
+def tokens_of_name(name: str, source: str) -> tuple[int, ...]:
+    """CLIP's tokens of a class name. Raises ValueError for one that cannot be said inside CLIP's 77 tokens."""
     import clip
-    longest = max((template for template in QUERY_TEMPLATES), key=lambda template: len(clip.encode(template)))
-    room = 77 - 2 - (len(clip.encode(longest)) - 1)
-    for names in synonyms:
-        for name in names:
-            if len(clip.encode(name)) > room:
-                raise ValueError(f"{source}: expected class names of at most {room} tokens, which fit into CLIP's 77 "
-                                 f"with a sentence around them; found {len(clip.encode(name))} in {name[:80]!r}. Shorten it.")
-            if not clip.encode(name):
-                raise ValueError(f"{source}: expected names that can be read, found {name!r} without a readable character.")
+    room = 77 - 2 - longest_template()
+    tokens = tuple(clip.encode(name)) if len(name) <= 500 else None             # the tokenizer is slow with endless words
+    if tokens is None or len(tokens) > room:
+        found = f"{len(name)} characters" if tokens is None else len(tokens)
+        raise ValueError(f"{source}: expected class names of at most {room} tokens, which fit into CLIP's 77 with a sentence "
+                         f"around them; found {found} in {name[:80]!r}. Shorten it.")
+    if not tokens:
+        raise ValueError(f"{source}: expected names that can be read, found {name!r} without a readable character.")
+    return tokens
+
+
+@functools.cache
+def longest_template() -> int:
+    """How many tokens the longest of the query's sentences has without a name."""
+    import clip
+    return max(len(clip.encode(template)) for template in QUERY_TEMPLATES) - 1
 
 
 def distinct_colours(count: int) -> list[tuple[int, int, int]]:
@@ -401,7 +411,7 @@ def augmentation(short_side: int, crop: int | tuple[int, int], scale: tuple[floa
     Random scale (short side × U(scale)), photometric distortion, random flip, random crop. What the crop lacks is filled
     after normalisation with zeros, that is with CLIP's mean colour.
     """
-    low, high = (round(short_side * ratio) for ratio in scale)
+    low, high = (max(1, round(short_side * ratio)) for ratio in scale)
     return v2.Compose([
         RandomShortSide(low, high),
         v2.RandomHorizontalFlip(),

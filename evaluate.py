@@ -12,6 +12,7 @@ checkpoints of one run, writes runs/<data>/evaluate/metrics.json and a picture s
 from __future__ import annotations
 
 import argparse
+import functools
 
 import runs
 
@@ -118,15 +119,14 @@ def rectified(world: World, query: Tensor) -> Callable[[Tensor], Tensor]:
     path = world.folder("rectify") / "checkpoint.pt"
     recipe, rectifier = rectify.load_rectifier(world, runs.load(path, "rectify"))
     reference = rectify.reference_features(world.clip_model, rectifier.prompt, world.vocabulary.names)
-    bias_of_grid: dict[tuple[int, int], Tensor] = {}
+
+    @functools.lru_cache(maxsize=64)                # of grids: photographs have many shapes
+    def bias_of(h: int, w: int) -> Tensor:
+        return rectify.bias_logits(world.clip_model.visual.patch_positions(h, w), rectifier.projection, reference)
 
     def logits(images: Tensor) -> Tensor:
         features = world.clip_model.encode_dense(images, path=recipe.dense_path)
-        grid = tuple(features.shape[-2:])
-        if grid not in bias_of_grid:
-            bias_of_grid[grid] = rectify.bias_logits(world.clip_model.visual.patch_positions(*grid), rectifier.projection,
-                                                     reference)
-        return rectify.rectified_logits(rectifier, features, query, bias_of_grid[grid])
+        return rectify.rectified_logits(rectifier, features, query, bias_of(*features.shape[-2:]))
 
     return logits
 
@@ -155,11 +155,26 @@ def predict(logits: Tensor, size: tuple[int, int], denoising: float = 0.0, scale
     if denoising > 0:
         best = (scale * logits).softmax(dim=1).amax(dim=(2, 3), keepdim=True)                     # (1, C, 1, 1)
         absent = (best < denoising) & (best < best.amax(dim=1, keepdim=True))
-        logits = logits.masked_fill(absent, -torch.inf)
-        up = F.interpolate(logits.nan_to_num(neginf=-1e9), size=size, mode="bilinear", align_corners=False)
-    else:
-        up = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-    return up.argmax(dim=1)[0]
+        logits = logits.masked_fill(absent, -1e9)                       # not −∞: times a weight of 0 it would be NaN
+    return best_class(logits, size)[0]
+
+
+def best_class(logits: Tensor, size: tuple[int, int], scale: float | None = None, at_once: int = 32):
+    """Logits (1, C, h, w) → the best class of every pixel and, with a `scale`, its softmax(scale · logits): both (H, W).
+
+    Up-sampled `at_once` classes at a time, which changes nothing but the memory: 150 classes at 2048×1024 pixels would be
+    1.2 GiB, and as much again for every step of a softmax.
+    """
+    best = torch.zeros(size, dtype=torch.int64, device=logits.device)
+    highest, total = (torch.full(size, -torch.inf, device=logits.device) for _ in range(2))
+    for first in range(0, logits.shape[1], at_once):
+        up = F.interpolate(logits[:, first:first + at_once], size=size, mode="bilinear", align_corners=False)[0]
+        value, which = up.max(dim=0)                                                              # (H, W) both
+        best = torch.where(value > highest, first + which, best)            # of equals the first, as argmax has it
+        highest = torch.maximum(highest, value)
+        if scale is not None:
+            total = torch.logaddexp(total, (scale * up).logsumexp(dim=0))
+    return best, None if scale is None else (scale * highest - total).exp()
 
 
 # What [code] multiplies logits with before it asks how probable a class is: cosines by 100, the decoder's output by 10.

@@ -181,7 +181,7 @@ def windows(image: Tensor, ratio: float) -> Tensor:
     image (3, H, W) → (k², 3, H·ratio, W·ratio), k = 2/ratio − 1 places a side: 11 × 11 for ratio 1/6. Ratio 1 gives the image.
     """
     _, H, W = image.shape
-    places = max(1, round(2 / ratio) - 1)
+    places = 1 if ratio >= 1 else max(2, round(2 / ratio) - 1)
     height, width = max(1, round(H * ratio)), max(1, round(W * ratio))
     tops = [round(i * (H - height) / max(1, places - 1)) for i in range(places)]
     lefts = [round(i * (W - width) / max(1, places - 1)) for i in range(places)]

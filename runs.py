@@ -158,7 +158,7 @@ def write_atomically(path: Path, write, flush: bool = True) -> None:
     Whenever a run is killed there is either the old file or the new one, whole.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name[:50], suffix=".part")     # a name may be long already
     try:
         with os.fdopen(handle, "wb") as file:
             write(file)

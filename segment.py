@@ -73,12 +73,11 @@ def segment(logits: Tensor, size: tuple[int, int], classes: int, scale: float, t
     The K − classes last channels are background words. A threshold in (0, 1) makes background of every pixel whose highest
     softmax(scale · logits) is under it.
     """
-    up = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-    probability, best = (scale * up).softmax(dim=1).max(dim=1)                                    # (1, H, W) both
+    best, probability = evaluate.best_class(logits, size, scale)                                  # (H, W) both
     background = best >= classes
     if threshold is not None:
         background |= probability < threshold
-    return best.masked_fill(background, data.IGNORE)[0]
+    return best.masked_fill(background, data.IGNORE)
 
 
 def overlay(image: Image.Image, classes: Tensor, palette) -> Image.Image:
@@ -102,7 +101,8 @@ def wanted_vocabulary(args: argparse.Namespace, checkpoint: dict | None) -> data
     if "," not in args.classes:                 # one word has nothing to be told from: a file's name, mistyped
         raise ValueError(f"--classes {args.classes}: expected a text file with one class name a line, or at least two words "
                          "with commas between them; found no such file and one word.")
-    return data.vocabulary_of(name, data.parse_classes(args.classes.split(","), source="--classes"))
+    words = [word for word in args.classes.split(",") if word.strip()]
+    return data.vocabulary_of(name, data.parse_classes(words, source="--classes"))
 
 
 def main(args: argparse.Namespace) -> Path:

@@ -55,12 +55,16 @@ def test_synonyms_stand_after_commas_and_the_first_is_shown(tmp_path):
     ("".join(f"word {i}\n" for i in range(256)), "at most 255 classes", "found 256"),
     ("cat\ndog\nCat\n", "every name once", "found 'Cat' at class 1 and at class 3"),
     ("cat, puss\ndog, puss\n", "every name once", "found 'puss' at class 1 and at class 2"),
+    ("potted plant\ndog\npotted  plant\n", "every name once", "class 3: to CLIP it is the same as 'potted plant'"),
+    ("cafe\u0301\ndog\ncaf\xe9\n", "every name once", "to CLIP it is the same as"),
+    ("dog\n" + "x" * 100_000, "at most 65 tokens", "found 100000 characters in 'xxx"),
     ("cat\n , ,\ndog\n", "a name for class 2", "found only commas"),
     ("cat\n" + "very " * 64 + "old dog\n", "at most 65 tokens", "found 66"),
     ("cat\n\x08\n", "names that can be read", "found '\\x08'"),
     ("cat\nKüche\n".encode("latin-1"), "UTF-8", "other bytes"),
     (b"\xff\xfec\x00a\x00t\x00\n\x00", "UTF-8", "other bytes")],
-    ids=["empty", "comments alone", "one", "256", "twice", "synonym twice", "commas alone", "over-long", "unreadable",
+    ids=["empty", "comments alone", "one", "256", "twice", "synonym twice", "twice, spaced apart",
+         "twice, in two forms of Unicode", "endless", "commas alone", "over-long", "unreadable",
          "Latin-1", "UTF-16"])
 def test_unusable_class_file_is_refused_by_name(tmp_path, content, expected, found):
     """The error names the file, what was expected in it and what was found."""

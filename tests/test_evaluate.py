@@ -158,6 +158,18 @@ def test_prediction_has_the_labels_size(size):
     assert torch.equal(found, F.interpolate(logits, size=size, mode="bilinear", align_corners=False)[0].argmax(dim=0))
 
 
+@pytest.mark.parametrize("at_once", [1, 3, 10, 32])
+def test_best_class_is_the_same_for_any_number_of_classes_at_once(at_once):
+    """Bit for bit the argmax of all maps up-sampled together, ties included; the probability is the softmax's."""
+    logits = torch.randn(1, 10, 5, 7, generator=torch.Generator().manual_seed(0)).round(decimals=1)
+    logits[:, 7] = logits[:, 2]                                                 # equal everywhere: the first one wins
+    up = torch.nn.functional.interpolate(logits, size=(40, 61), mode="bilinear", align_corners=False)[0]
+    best, probability = evaluate.best_class(logits, (40, 61), scale=3.0, at_once=at_once)
+    assert torch.equal(best, up.argmax(dim=0)) and (best == 2).any() and not (best == 7).any()
+    assert torch.allclose(probability, (3.0 * up).softmax(dim=0).amax(dim=0), atol=1e-6)
+    assert torch.equal(evaluate.best_class(logits, (40, 61), at_once=at_once)[0], best)
+
+
 def test_up_sampled_boundary_lies_between_the_patches():
     """Two patches, two classes: the boundary is in the middle of the picture, where the logits cross."""
     logits = torch.tensor([[[[1.0, 0.0]], [[0.0, 1.0]]]])

@@ -222,7 +222,7 @@ def test_without_a_photo_a_scene_of_toyland_is_shown(place, tiny_clip, monkeypat
     (["text.jpg", "--classes", "cat, dog"], ["text.jpg: expected an image"]),
     (["my cat.jpg"], ["expected words to look for; found no --classes", "my cat.jpg --classes"]),
     (["my cat.jpg", "--classes", "cat"], ["at least two words", "found no such file and one word"]),
-    (["my cat.jpg", "--classes", "cat,"], ["expected a name for class 2"]),
+    (["my cat.jpg", "--classes", "cat,"], ["at least two classes, found 1"]),
     (["my cat.jpg", "--classes", "cat, Cat"], ["found 'Cat' at class 1 and at class 2"]),
     (["my cat.jpg", "--classes", "cat, dog", "--background", "some"], ["--background: expected none", "found 'some'"]),
     (["my cat.jpg", "--classes", "cat, dog", "--stage", "distill"], ["--stage distill: expected a checkpoint", "cat, dog"]),
