@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -114,8 +115,8 @@ def crash(kills: int, writes: int, seed: int) -> dict:
     """Kill each training `kills` times at random moments, then once before every so many `writes`. Returns the counts."""
     make_small()
     chance, found = random.Random(seed), {}
-    place = Path(tempfile.mkdtemp(prefix="crash"))
-    os.chdir(place)                             # data/toyland is drawn here
+    place = Path(tempfile.mkdtemp(prefix="crash"))              # stays where it is if anything went wrong
+    os.chdir(place)                                             # data/toyland is drawn here
     for name in TRAININGS:
         whole, log = prepare(name, place / name / "whole", place / "rectify/whole"), place / f"{name}.log"
         for _ in range(2):                      # the first draws the scenes; the second tells how long a run takes
@@ -146,6 +147,8 @@ def crash(kills: int, writes: int, seed: int) -> dict:
                 counts["resumed to other bits"] += 1
                 print(f"{name}, case {case}: {end}, left over {leftovers}; see {log}", file=sys.stderr)
         found[name] = counts
+    if not any(counts["resumed to other bits"] for counts in found.values()):
+        shutil.rmtree(place)
     return found
 
 

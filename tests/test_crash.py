@@ -1,0 +1,24 @@
+"""The crash test as a part of the suite: see tests/crash.py, which is the same as a command.
+
+    python -m pytest tests/test_crash.py
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+
+
+@pytest.mark.slow
+def test_every_training_that_is_killed_resumes_to_the_same_bits(tmp_path):
+    """At least 50 kills at random moments over the three trainings, and one before every fifth write to the run folder."""
+    result = subprocess.run([sys.executable, ROOT / "tests/crash.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = json.loads(result.stdout)
+    assert list(found) == ["rectify", "distill", "pretrain"]
+    assert sum(counts["killed"] for counts in found.values()) >= 50
+    assert all(counts["killed before a write"] >= 8 for counts in found.values())
+    assert all(counts["resumed to other bits"] == 0 for counts in found.values()), result.stderr
