@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import signal
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,6 +142,9 @@ def tokens_of_name(name: str, source: str) -> tuple[int, ...]:
     """CLIP's tokens of a class name. Raises ValueError for one that cannot be said inside CLIP's 77 tokens."""
     import clip
     room = 77 - 2 - longest_template()
+    if any(unicodedata.category(letter) == "Cc" for letter in name) or "<|" in name:
+        raise ValueError(f"{source}: expected names in plain words, found {name[:80]!r} with control characters or one of CLIP's "
+                         "own marks in it.")
     tokens = tuple(clip.encode(name)) if len(name) <= 500 else None             # the tokenizer is slow with endless words
     if tokens is None or len(tokens) > room:
         found = f"{len(name)} characters" if tokens is None else len(tokens)
@@ -263,7 +267,11 @@ def listed(base: Path, list_name: str, folder: Path, suffix: str) -> dict[str, P
     path = base / "ImageSets" / "Segmentation" / list_name
     if not path.is_file():
         raise FileNotFoundError(f"expected the list {path}, found none. The tree should be {VOC_TREE}.")
-    ids = sorted({line.split()[0] for line in path.read_text().splitlines() if line.strip()})
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected a text file with image ids, found other bytes ({error.reason}).") from error
+    ids = sorted({line.split()[0] for line in lines if line.strip()})
     if not ids:
         raise ValueError(f"{path}: expected image ids, one a line; found an empty list.")
     found = {name: folder / (name + suffix) for name in ids}
@@ -276,8 +284,7 @@ def listed(base: Path, list_name: str, folder: Path, suffix: str) -> dict[str, P
 
 def images_in(folder: Path) -> dict[str, Path]:
     """All images under a folder, also in its sub-folders: id (relative path without suffix) → path."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"--data {folder}: expected toyland, voc, or a folder of images; found no folder of that name.")
+    refuse_missing_folder(folder)
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
                    and not any(part.startswith(".") for part in path.relative_to(folder).parts))    # ._a.jpg, .thumbnails
     if not paths:
@@ -291,6 +298,11 @@ def images_in(folder: Path) -> dict[str, Path]:
         found[name] = path
     refuse_labels_among(found, folder)
     return found
+
+
+def refuse_missing_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--data {folder}: expected toyland, voc, or a folder of images; found no folder of that name.")
 
 
 def refuse_labels_among(images: dict[str, Path], folder: Path) -> None:
@@ -334,14 +346,19 @@ def read_image(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image)
+            if upright.mode == "F":
+                raise ValueError("found floating-point numbers, of which nobody knows what is white")
             if upright.mode.startswith("I"):            # 16-bit grey: Pillow's own conversion makes all above 255 white
-                upright = Image.fromarray((np.asarray(upright).clip(0, 65535) / 257).round().astype(np.uint8))
+                values = np.asarray(upright)
+                if values.min() < 0 or values.max() > 65535:
+                    raise ValueError(f"found grey values from {values.min()} to {values.max()}")
+                upright = Image.fromarray((values / 257).round().astype(np.uint8))
             return upright.convert("RGB")
     except FileNotFoundError:
         raise
     except Exception as error:                          # Pillow raises nearly anything for a broken file
-        raise ValueError(f"{path}: expected an image, found a file that cannot be read ({error}). It may be truncated: "
-                         "fetch it again or take it out of the list.") from error
+        raise ValueError(f"{path}: expected an image, found a file that cannot be read ({error}). It may be "
+                         "truncated: fetch it again, take it out of the list, or add --skip-broken.") from error
 
 
 def read_label(path: Path, table: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -355,7 +372,8 @@ def read_label(path: Path, table: np.ndarray, size: tuple[int, int]) -> np.ndarr
                 raise ValueError(f"expected an index picture (mode P or L), found mode {image.mode}")
             values = np.asarray(image, dtype=np.uint8)
     except Exception as error:
-        raise ValueError(f"{path}: this label cannot be used: {error}. Mend or replace the file.") from error
+        raise ValueError(f"{path}: expected a label, found a file that cannot be used as one ({error}). Mend or replace "
+                         "it.") from error
     if values.shape != size:
         raise ValueError(f"{path}: expected a label of {size[0]}×{size[1]} pixels, as its image; found {values.shape[0]}×"
                          f"{values.shape[1]}.")

@@ -48,7 +48,7 @@ import data
 import rectify
 import toyland
 from rectify import (Rectifier, World, bias_logits, cached_query, cached_votes, contrastive_loss, find_checkpoint,
-                     load_rectifier, multi_label_hypothesis, open_world, poly_rate, query_logits, recipe_for, rectified_logits,
+                     load_checkpoint, load_rectifier, multi_label_hypothesis, open_world, poly_rate, query_logits, recipe_for, rectified_logits,
                      rectified_masks, reference_features)
 
 # ------------------------------------------------------------------------------------------ the recipe
@@ -122,8 +122,8 @@ def build_resnet(backbone: str, pretrained: bool) -> torchvision.models.ResNet:
     try:
         return build(weights=weights if pretrained else None, replace_stride_with_dilation=[False, True, True])
     except (OSError, RuntimeError) as error:
-        raise OSError(f"the ImageNet weights of {backbone} are needed to start the student, and could not be fetched "
-                      f"({error}). Connect once, or put {weights.url.rsplit('/', 1)[1]} into "
+        raise OSError(f"expected the ImageNet weights of {backbone} to start the student with, found none that could be read "
+                      f"or fetched ({error}). Connect once, or put {weights.url.rsplit('/', 1)[1]} into "
                       f"{torch.hub.get_dir()}/checkpoints.") from error
 
 
@@ -252,13 +252,15 @@ def teacher_of(checkpoint: dict) -> int:
 def load_student(world: World, query: Tensor) -> tuple[int, Student]:
     """The short side that the trained student of `world` expects, and the student, in eval mode. It holds all it needs;
     CLIP's image tower is not run."""
-    checkpoint = runs.load(world.folder("distill") / "checkpoint.pt", "distill")
+    path = world.folder("distill") / "checkpoint.pt"
+    checkpoint = load_checkpoint(path, "distill")
     world.refuse_misfit(checkpoint)
     rectifier = Rectifier(world.clip_model, len(world.vocabulary), prompt_length=1)     # shapes alone; weights follow
-    recipe = checkpoint["settings"]["recipe"]
-    student = build_student(world, rectifier, query, recipe["backbone"], pretrained=False)
-    student.load_state_dict(checkpoint["weights"])
-    return recipe["short_side"], student.eval()
+    with runs.reading(path):
+        recipe = checkpoint["settings"]["recipe"]
+        student = build_student(world, rectifier, query, recipe["backbone"], pretrained=False)
+        student.load_state_dict(checkpoint["weights"])
+        return recipe["short_side"], student.eval()
 
 
 def main(args: argparse.Namespace) -> Path:
@@ -325,7 +327,7 @@ def rectification(args: argparse.Namespace) -> dict:
         for name in ("epochs", "batch_size", "backbone"):           # these are meant for stage 2
             if hasattr(flags, name):
                 delattr(flags, name)
-        found = runs.load(rectify.main(flags), "rectify")
+        found = load_checkpoint(rectify.main(flags), "rectify")
     return found
 
 

@@ -22,7 +22,7 @@ def flags() -> argparse.ArgumentParser:
     extra = parser.add_argument_group("evaluation")
     extra.add_argument("--labels", metavar="DIR", default=None,
                        help="index pictures of a folder of your own images: same names, .png, value = class, 255 ignored")
-    extra.add_argument("--prompt-denoising", type=float, metavar="P", default=0.0,
+    extra.add_argument("--prompt-denoising", type=runs.share, metavar="P", default=0.0,
                        help="refinement, 0 is off: a class whose highest probability in an image stays under P is left out "
                             "there. The released ReCLIP++ uses it with another P for every dataset")
     return parser
@@ -117,7 +117,7 @@ def predictors(world: World, query: Tensor, stages: list[str]) -> dict[str, Pred
 def rectified(world: World, query: Tensor) -> Callable[[Tensor], Tensor]:
     """Stage 1's logits. The bias map depends on the grid alone: it is computed once for every image size."""
     path = world.folder("rectify") / "checkpoint.pt"
-    recipe, rectifier = rectify.load_rectifier(world, runs.load(path, "rectify"))
+    recipe, rectifier = rectify.load_rectifier(world, rectify.load_checkpoint(path, "rectify"))
     reference = rectify.reference_features(world.clip_model, rectifier.prompt, world.vocabulary.names)
 
     @functools.lru_cache(maxsize=64)                # of grids: photographs have many shapes
@@ -137,9 +137,9 @@ def existing_stages(world: World) -> list[str]:
     stages = ["vanilla", "maskclip"] + (["rectify"] if teacher.exists() else [])
     if not student.exists():
         return stages
-    settings = runs.load(student, "distill")["settings"]
+    settings = rectify.load_checkpoint(student, "distill")["settings"]
     fits = all(settings["world"][field] == world.described()[field] for field in ("synonyms", "clip"))    # else it is refused
-    if fits and teacher.exists() and settings["teacher"] != distill.teacher_of(runs.load(teacher, "rectify")):
+    if fits and teacher.exists() and settings.get("teacher") != distill.teacher_of(rectify.load_checkpoint(teacher, "rectify")):
         print(f"{student} was distilled from another rectification than {teacher}: left out. Make it anew with: "
               "python distill.py")
         return stages
@@ -279,8 +279,13 @@ def picture_sheet(world: World, query: Tensor, stages: list[str], labels: dict[s
 def sheet(strips: list[list[Image.Image]], titles: list[str], vocabulary: data.Vocabulary, height: int) -> Image.Image:
     """Rows of pictures of one height under their titles, with a legend of all classes at the foot."""
     font, gap = ImageFont.load_default(13), 6
-    widths = [max(max(round(height * tile.width / tile.height) for tile in (strip[k] for strip in strips)),
-                  round(font.getlength(titles[k])) + 4) for k in range(len(titles))]
+
+    def shown(tile: Image.Image) -> tuple[int, int]:            # a panorama is made less high, so that the page stays a page
+        scale = min(height / tile.height, 4 * height / tile.width)
+        return max(1, round(scale * tile.width)), max(1, round(scale * tile.height))
+
+    widths = [max(max(shown(strip[k])[0] for strip in strips), round(font.getlength(titles[k])) + 4)
+              for k in range(len(titles))]
     width = sum(widths) + gap * (len(widths) + 1)
     entries, x, y = [], gap, 0                                  # the legend, broken into lines
     for name, rgb in zip(vocabulary.names, vocabulary.palette):
@@ -298,8 +303,7 @@ def sheet(strips: list[list[Image.Image]], titles: list[str], vocabulary: data.V
         for row, strip in enumerate(strips):
             tile = strip[k]
             resample = Image.Resampling.BILINEAR if k == 0 else Image.Resampling.NEAREST
-            page.paste(tile.resize((max(1, round(height * tile.width / tile.height)), height), resample),
-                       (x, top + row * (height + gap)))
+            page.paste(tile.resize(shown(tile), resample), (x, top + row * (height + gap)))
         x += widths[k] + gap
     for x, y, name, rgb in entries:
         pen.rectangle((x, foot + y + 2, x + 14, foot + y + 16), fill=tuple(rgb), outline="gray")
@@ -314,6 +318,10 @@ def main(args: argparse.Namespace) -> dict:
     """Measure all stages of the newest run (or of `--data`), write metrics.json and preview.png, return the metrics."""
     checkpoint = rectify.find_checkpoint(args, "rectify")
     world = open_world(args, checkpoint)
+    if args.labels is not None and not runs.is_folder(world.name):
+        raise ValueError(f"--labels {args.labels}: expected --data FOLDER, your own images; found {world.name}, which has labels "
+                         "of its own. Leave --labels out.")
+    runs.refuse_folders(world.folder("evaluate"), "metrics.json", "preview.png")
     query = cached_query(world)
     labels = data.true_label_files(world.name, world.root, list(world.validation_images), args.labels)
     if not labels:

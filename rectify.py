@@ -403,6 +403,8 @@ def open_world(args: argparse.Namespace, checkpoint: dict | None = None,
     if args.download:
         data.download(name, root)
     model, _ = clip.load(clip_name, device)
+    if (words := model.token_embedding.num_embeddings) != clip.VOCABULARY:
+        raise ValueError(f"--clip {clip_name}: expected CLIP's vocabulary of {clip.VOCABULARY} tokens, found {words}.")
     model.requires_grad_(False)                                     # frozen for ever: no gradient is even recorded
     world = World(name, root, vocabulary, clip_name, model, clip.fingerprint(model), device, args.precision,
                   runs.workers_of(args, device), args.out, args.skip_broken)
@@ -416,9 +418,26 @@ def refuse_another_folder(world: World) -> None:
     """Raise ValueError when the run folder holds the rectification of another folder of images with the same name."""
     path = world.folder("rectify") / "checkpoint.pt"
     if path.exists():
+        if runs.is_folder(world.name):
+            data.refuse_missing_folder(Path(world.name))
         expected, found = (str(Path(name).resolve()) if runs.is_folder(name) else name
-                           for name in (world.name, runs.load(path, "rectify")["settings"]["world"]["data"]))
+                           for name in (world.name, load_checkpoint(path, "rectify")["settings"]["world"]["data"]))
         runs.refuse_unless(path, "folder of images", expected=expected, found=found)
+
+
+def load_checkpoint(path: Path, stage: str) -> dict:
+    """The checkpoint of stage 1 or 2. Raises ValueError when its settings lack what `described` and a recipe have."""
+    content = runs.load(path, stage)
+    with runs.reading(path):
+        known = content["settings"]["world"]
+        for name, kind in (("data", str), ("root", str), ("clip_name", str), ("clip", str), ("synonyms", list)):
+            if not isinstance(known[name], kind):
+                raise TypeError(f"{name} is {known[name]!r}")
+        if not all(isinstance(name, str) for names in known["synonyms"] for name in names):
+            raise TypeError(f"synonyms are {known['synonyms']!r}")
+        if stage == "rectify":
+            saved_recipe(content)
+    return content
 
 
 def recipe_for(world: World, args: argparse.Namespace, recipes: dict):
@@ -437,28 +456,30 @@ def recipe_of(world: World) -> Recipe:
     """The recipe of the world's rectification; where none was trained, the dataset's."""
     path = world.folder("rectify") / "checkpoint.pt"
     if path.exists():                               # the numbers alone: the weights may be for other classes
-        return saved_recipe(runs.load(path, "rectify"))
+        return saved_recipe(load_checkpoint(path, "rectify"))
     return RECIPES.get(world.name, RECIPES["folder"])
 
 
 def saved_recipe(checkpoint: dict) -> Recipe:
     """The recipe that a stage-1 checkpoint was trained with."""
     saved = checkpoint["settings"]["recipe"]
-    return Recipe(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
+    return Recipe(**{name: tuple(saved[name]) if isinstance(saved[name], list) else saved[name]
+                     for name in {**asdict(Recipe()), **saved}})                # all of its fields and no other
 
 
 def find_checkpoint(args: argparse.Namespace, stage: str) -> dict | None:
     """The stage's checkpoint of `--data`, without `--data` the newest one; None if there is none."""
     path = runs.stage_folder(args.out, args.data, stage) / "checkpoint.pt" if hasattr(args, "data") \
         else runs.newest(args.out, stage)
-    return runs.load(path, stage) if path is not None and path.exists() else None
+    return load_checkpoint(path, stage) if path is not None and path.exists() else None
 
 
 def cached_query(world: World) -> Tensor:
     """W_q (C, D), from `cache/` beside the stages if it was made for the same words and weights."""
     key = ("query", world.fingerprint, world.vocabulary.synonyms, world.vocabulary.templates)
-    return runs.cached(world.folder("cache"), "query", key,
-                       lambda: query_features(world.clip_model, world.vocabulary)).to(world.device)
+    shape = (len(world.vocabulary), world.clip_model.visual.proj.shape[1])
+    return runs.cached(world.folder("cache"), "query", key, lambda: query_features(world.clip_model, world.vocabulary),
+                       fits=lambda query: query.shape == shape and bool(query.isfinite().all())).to(world.device)
 
 
 def cached_votes(world: World, query: Tensor, images: dict[str, Path], recipe: Recipe) -> Tensor:
@@ -471,7 +492,10 @@ def cached_votes(world: World, query: Tensor, images: dict[str, Path], recipe: R
         return count_votes(world.clip_model, query, images, recipe.short_side, recipe.window_ratio, world.precision,
                            world.workers)
 
-    votes = runs.cached(world.folder("cache"), "hypotheses", key, make)
+    def fits(votes: dict[str, Tensor]) -> bool:
+        return all(votes[name].shape == (len(query),) and bool(votes[name].isfinite().all()) for name in images)
+
+    votes = runs.cached(world.folder("cache"), "hypotheses", key, make, fits)
     return torch.stack([votes[name] for name in images])
 
 
@@ -479,7 +503,8 @@ def load_rectifier(world: World, checkpoint: dict) -> tuple[Recipe, Rectifier]:
     """Recipe and trained weights of a stage-1 checkpoint; the rectifier is frozen and in eval mode."""
     recipe = saved_recipe(checkpoint)
     rectifier = Rectifier(world.clip_model, len(world.vocabulary), recipe.prompt_length).to(world.device)
-    rectifier.load_state_dict(checkpoint["weights"])
+    with runs.reading(world.folder("rectify") / "checkpoint.pt"):
+        rectifier.load_state_dict(checkpoint["weights"])
     return recipe, rectifier.eval().requires_grad_(False)
 
 

@@ -51,12 +51,12 @@ def common_flags(description: str, training: bool = True, seed: bool = True) -> 
                        help="cpu, cuda, cuda:1, … (default: the GPU if there is one)")
     where.add_argument("--precision", choices=("fp32", "bf16"), default="fp32",
                        help="bf16 is autocast: faster on a GPU, slow on most laptops' CPUs")
-    where.add_argument("--workers", type=int, metavar="N", default=argparse.SUPPRESS,
+    where.add_argument("--workers", type=not_negative, metavar="N", default=argparse.SUPPRESS,
                        help="processes that decode images (default: 4 beside a GPU, else 0). Changes no result")
     where.add_argument("--skip-broken", action="store_true",
                        help="leave out images that cannot be read, and list them (default: the first one is an error)")
     if seed:
-        where.add_argument("--seed", type=int, metavar="N", default=0, help="of every random draw")
+        where.add_argument("--seed", type=not_negative, metavar="N", default=0, help="of every random draw")
     if training:
         train = parser.add_argument_group("training")
         train.add_argument("--epochs", type=positive, metavar="N", default=argparse.SUPPRESS,
@@ -69,14 +69,30 @@ def common_flags(description: str, training: bool = True, seed: bool = True) -> 
 
 def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, found {text}")
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, found {text!r}")
     return int(text)
+
+
+def not_negative(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 on, found {text!r}")
+    return int(text)
+
+
+def share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, found {text!r}")
+    return value
 
 
 def device_of(args: argparse.Namespace):
     """The torch device of `--device`. Raises ValueError for one that this machine lacks."""
     import torch
-    name = getattr(args, "device", None) or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = getattr(args, "device", "cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).cpu()
@@ -89,7 +105,7 @@ def device_of(args: argparse.Namespace):
 
 def workers_of(args: argparse.Namespace, device) -> int:
     """Worker processes for decoding; at most the machine's cores."""
-    return getattr(args, "workers", 0 if device.type == "cpu" else min(4, os.cpu_count() or 1))
+    return min(getattr(args, "workers", 0 if device.type == "cpu" else 4), os.cpu_count() or 1)
 
 
 def autocast(device, precision: str):
@@ -125,8 +141,9 @@ def errors_in_one_paragraph():
         if "Original Traceback" in text:        # from a worker process: torch puts the traceback before the message
             text = text.strip().rpartition(f"{type(error).__name__}: ")[2]
         if isinstance(error, OSError) and error.errno:
-            text = f"expected to use {error.filename or 'the run folder'}, found: {error.strerror}. Check the path, its " \
-                   "permissions and the free space; what was saved before is untouched."
+            file = error.filename2 or error.filename or "the run folder"
+            text = f"expected to use {file}, found: {error.strerror}. Check the path, its permissions and the free space; " \
+                   "what was saved before is untouched."
         print(f"\nerror: {text}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
@@ -169,6 +186,13 @@ def write_atomically(path: Path, write, flush: bool = True) -> None:
         os.replace(name, path)
     finally:
         Path(name).unlink(missing_ok=True)
+
+
+def refuse_folders(folder: Path, *names: str) -> None:
+    """Raise ValueError when a folder stands where a file is to be written: before hours of work, not after."""
+    for name in names:
+        if (folder / name).is_dir():
+            raise ValueError(f"{folder / name}: expected a file, or nothing yet; found a folder. Move it away.")
 
 
 def write_json(path: Path, content) -> None:
@@ -219,7 +243,23 @@ def load(path: Path, stage: str) -> dict:
     found = content.get("stage") if isinstance(content, dict) else type(content).__name__
     if found != stage:
         raise ValueError(f"{path}: expected a checkpoint of the stage {stage!r}, found {found!r}.")
+    with reading(path):
+        not_finite = [name for name, tensor in content["weights"].items() if not tensor.isfinite().all()]
+    if not_finite:
+        raise ValueError(f"{path}: expected finite weights, found NaN or infinity in {', '.join(not_finite[:4])}. Train it "
+                         f"again with: python {stage}.py")
     return content
+
+
+@contextlib.contextmanager
+def reading(path: Path):
+    """What cannot be read inside is the file's fault: ValueError in place of KeyError, TypeError, and torch's RuntimeError."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{path}: expected a checkpoint as this version writes it for these classes and this CLIP, found "
+                         f"another content ({reason[:300]}). Remove it and train again.") from error
 
 
 def refuse_unless(path: Path, what: str, expected, found) -> None:
@@ -261,6 +301,8 @@ class Training:
         self.steps, self.per_epoch = steps, steps_per_epoch
         self.unfinished = folder / "unfinished"
         self.stop_asked = False
+        refuse_folders(folder, "checkpoint.pt", "recipe.json", "log.jsonl", "metrics.json", "preview.png")
+        refuse_folders(self.unfinished, "resume.pt", "recipe.json", "log.jsonl")
         self.first_step = self.load() if resume else 0
         self.unfinished.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
@@ -269,7 +311,7 @@ class Training:
             print(f"{name:>10}  {value}")
         write_json(self.unfinished / "recipe.json", plain(header))
         log = next((path for path in (self.unfinished / "log.jsonl", folder / "log.jsonl") if path.exists()), None)
-        lines = log.read_text().splitlines() if self.first_step and log else []
+        lines = log.read_text(errors="replace").splitlines() if self.first_step and log else []
         kept = [line for line in lines if logged_step(line) < self.first_step]
         write_atomically(self.unfinished / "log.jsonl",
                          lambda file: file.write("".join(line + "\n" for line in kept).encode()))
@@ -279,20 +321,24 @@ class Training:
         unfinished, finished = self.unfinished / "resume.pt", self.folder / "checkpoint.pt"
         path = next((path for path in (unfinished, finished) if path.exists()), None)
         content = load(path, self.stage) if path else None
-        of_another_run = path == finished and content["settings"] != self.settings and self.unfinished.exists()
+        of_another_run = path == finished and content.get("settings") != self.settings and self.unfinished.exists()
         if path is None or of_another_run:      # this one was begun and stopped before its first epoch ended
             print(f"Nothing to resume in {self.folder}: starting from the beginning.")
             return 0
-        for name, value in self.settings.items():
-            refuse_unless(path, name, expected=value, found=content["settings"].get(name))
-        self.model.load_state_dict(content["weights"])
-        if path == finished:
-            print(f"{finished} is finished already.")
-            return self.steps
-        self.optimizer.load_state_dict(content["optimizer"])
-        for name, owner in self.also.items():
-            owner.load_state_dict(content["also"][name])
-        return content["step"]
+        with reading(path):
+            for name, value in self.settings.items():
+                refuse_unless(path, name, expected=value, found=content["settings"].get(name))
+            self.model.load_state_dict(content["weights"])
+            if path == finished:
+                print(f"{finished} is finished already.")
+                return self.steps
+            self.optimizer.load_state_dict(content["optimizer"])
+            for name, owner in self.also.items():
+                owner.load_state_dict(content["also"][name])
+            if not 0 < content["step"] <= self.steps:
+                raise ValueError(f"{path}: expected a step from 1 to {self.steps}, found {content['step']}. Remove it and train "
+                                 "again.")
+            return content["step"]
 
     def __enter__(self):
         from tqdm import tqdm
@@ -349,19 +395,26 @@ class Training:
 def logged_step(line: str) -> float:
     """The step of a line of `log.jsonl`; infinity for a line that a killed run did not finish."""
     try:
-        return json.loads(line)["step"]
-    except ValueError:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
         return float("inf")
 
 
-def cached(folder: Path, name: str, key, make):
-    """`make()`, stored in `folder` under a key of everything it depends on; what cannot be read is made again."""
+def cached(folder: Path, name: str, key, make, fits=lambda content: True):
+    """`make()`, stored in `folder` under a key of everything it depends on.
+
+    What cannot be read, or does not fit (`fits(content)` is False or raises), is made again.
+    """
     path = Path(folder) / f"{name}-{seed_of(key):016x}.pt"
     if path.exists():
         try:
-            return read(path)
-        except Exception as error:
-            print(f"{path} is damaged ({type(error).__name__}): making it again.")
+            content = read(path)
+            if fits(content):
+                return content
+            reason = "another content"
+        except Exception as error:              # whatever is in it
+            reason = type(error).__name__
+        print(f"{path} is damaged ({reason}): making it again.")
     content = make()
     save(path, content)
     return content

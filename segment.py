@@ -153,6 +153,7 @@ def main(args: argparse.Namespace) -> Path:
     classes = segment(logits, (photo.height, photo.width), len(names), evaluate.DENOISING_SCALE[stage], threshold)
 
     folder = Path(world.out) / "segment"
+    runs.refuse_folders(folder, f"{name}_index.png", f"{name}_overlay.png")
     index = Image.fromarray(classes.cpu().numpy().astype(np.uint8))
     palette = [channel for rgb in world.vocabulary.palette for channel in rgb]
     index.putpalette(palette + [0] * (768 - len(palette)))      # whole: with a shorter one a PNG keeps fewer bits than 255 has

@@ -35,7 +35,7 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--weights", default="clip", metavar="DIR", help="where --pretrain writes its two files")
     parser.add_argument("--pictures", type=runs.positive, default=60_000, help="captioned pictures to draw for --pretrain")
     parser.add_argument("--epochs", type=runs.positive, default=7, help="passes over them")
-    parser.add_argument("--seed", type=int, default=0, help="of the captioned pictures and the training")
+    parser.add_argument("--seed", type=runs.not_negative, default=0, help="of the captioned pictures and the training")
     parser.add_argument("--resume", action="store_true", help="continue an unfinished --pretrain where it stopped")
     parser.add_argument("--out", metavar="DIR", default="runs", help="--pretrain keeps its state in DIR/toyland/")
     return parser
@@ -404,8 +404,13 @@ def another_world(root: Path, samples: int = 8) -> bool:
     # draws for a training opens no label.
     for number in range(max(0, VAL_SCENES - samples), VAL_SCENES):
         path = root / "images" / "val" / f"{number:04d}.png"
-        if path.exists() and not np.array_equal(np.asarray(Image.open(path)), scene("val", number)[0]):
-            return True
+        if path.exists():
+            try:
+                drawn = np.asarray(Image.open(path))
+            except OSError:                                 # no picture (any more)
+                return True
+            if not np.array_equal(drawn, scene("val", number)[0]):
+                return True
     return False
 
 

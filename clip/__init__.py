@@ -10,7 +10,7 @@ Reading order: model.py (the two towers), tokenizer.py (text → ids), load.py (
 
 from .load import available_models, build_model, fingerprint, load, read_state_dict
 from .model import CLIP, DENSE_PATHS
-from .tokenizer import encode, tokenize
+from .tokenizer import VOCABULARY, encode, tokenize
 
-__all__ = ["CLIP", "DENSE_PATHS", "available_models", "build_model", "encode", "fingerprint", "load",
+__all__ = ["CLIP", "DENSE_PATHS", "VOCABULARY", "available_models", "build_model", "encode", "fingerprint", "load",
            "read_state_dict", "tokenize"]

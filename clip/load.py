@@ -59,7 +59,7 @@ def load(name_or_path: str | Path, device: str | torch.device | None = None, dow
         digest, file = MODELS[name_or_path]
         path = download(f"{OPENAI}/{digest}/{file}", Path(download_root or CACHE) / file, digest)
     elif re.fullmatch(r"RN\d+(x\d+)?", str(name_or_path)):
-        raise ValueError(f"clip.load: {name_or_path} is a ResNet CLIP; dense features are defined here for the ViT family. "
+        raise ValueError(f"clip.load: expected a ViT CLIP, for which dense features are defined; found {name_or_path}, a ResNet. "
                          f"Use one of {', '.join(available_models())}.")
     else:
         path = Path(name_or_path)
@@ -98,15 +98,19 @@ def build_model(state: dict[str, Tensor], source: str = "the state dict") -> CLI
     Raises ValueError when keys are missing, left over or of the wrong shape, and for a ResNet CLIP.
     """
     if "visual.layer1.0.conv1.weight" in state:
-        raise ValueError(f"{source} holds a ResNet CLIP; dense features are defined here for the ViT family. "
+        raise ValueError(f"{source}: expected a ViT CLIP, for which dense features are defined; found a ResNet CLIP. "
                          f"Use one of {', '.join(available_models())}.")
     needed = ("visual.conv1.weight", "visual.positional_embedding", "token_embedding.weight", "text_projection",
               "positional_embedding", "ln_final.weight", "visual.transformer.resblocks.0.ln_1.weight",
               "transformer.resblocks.0.ln_1.weight")
     missing = [key for key in needed if key not in state]
     if missing:
-        raise ValueError(f"{source} should hold the weights of a ViT CLIP; found {len(state)} tensors but no "
+        raise ValueError(f"{source}: expected the weights of a ViT CLIP; found {len(state)} tensors but no "
                          f"{', '.join(missing)}. First keys: {', '.join(list(state)[:4]) or 'none'}.")
+    for key, dims, what in (("visual.conv1.weight", 4, "(width, 3, patch, patch)"), ("text_projection", 2, "(width, dim)")):
+        shape = tuple(state[key].shape)
+        if len(shape) != dims:
+            raise ValueError(f"{source}: expected {key} of shape {what}, found {shape}. These are no weights of OpenAI's CLIP.")
 
     def depth(tower: str) -> int:
         found = (re.match(rf"{re.escape(tower)}transformer\.resblocks\.(\d+)\.", key) for key in state)
@@ -127,7 +131,7 @@ def build_model(state: dict[str, Tensor], source: str = "the state dict") -> CLI
     try:
         model.load_state_dict({key: tensor.float() for key, tensor in state.items()}, assign=True)
     except RuntimeError as error:
-        raise ValueError(f"{source}: {error}") from error
+        raise ValueError(f"{source}: expected the weights of one CLIP, found: {' '.join(str(error).split())}") from error
     return model
 
 
@@ -159,18 +163,22 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         state = state["state_dict"]                                     # open_clip's training checkpoints
     if not isinstance(state, dict) or not all(isinstance(key, str) and isinstance(tensor, Tensor)
                                               for key, tensor in state.items()):
-        raise ValueError(f"{path} should hold a state dict (names → tensors); found {type(state).__name__} with other "
-                         "things in it.")
+        raise ValueError(f"{path}: expected a state dict (names → tensors); found {type(state).__name__} with other things "
+                         "in it.")
     state = {key.removeprefix("module."): tensor for key, tensor in state.items()}
     if "vision_model.embeddings.class_embedding" in state:
         try:
             state = from_hugging_face(state)
         except KeyError as error:
-            raise ValueError(f"{path} should hold the weights of Hugging Face's CLIPModel; found no {error}.") from error
+            raise ValueError(f"{path}: expected the weights of Hugging Face's CLIPModel; found no {error}.") from error
     # No weights: the three sizes in OpenAI's archives, the causal mask (as an attribute, in every block of the text
     # tower), and the ranges that older releases of transformers stored.
     extra = ("input_resolution", "context_length", "vocab_size", "attn_mask", "position_ids")
     state = {key: tensor for key, tensor in state.items() if key.split(".")[-1] not in extra}
+    not_finite = [key for key, tensor in state.items() if not tensor.isfinite().all()]
+    if not_finite:
+        raise ValueError(f"{path}: expected finite weights, found NaN or infinity in {', '.join(not_finite[:4])}. Fetch the "
+                         "file again.")
     if "token_embedding.used" in state:         # Toyland's file: only the rows of the forty tokens that its captions use
         used, rows = state.pop("token_embedding.used"), state["token_embedding.weight"]
         state["token_embedding.weight"] = rows.new_zeros(VOCABULARY, rows.shape[1]).index_copy(0, used, rows)

@@ -60,7 +60,7 @@ def test_synonyms_stand_after_commas_and_the_first_is_shown(tmp_path):
     ("dog\n" + "x" * 100_000, "at most 65 tokens", "found 100000 characters in 'xxx"),
     ("cat\n , ,\ndog\n", "a name for class 2", "found only commas"),
     ("cat\n" + "very " * 64 + "old dog\n", "at most 65 tokens", "found 66"),
-    ("cat\n\x08\n", "names that can be read", "found '\\x08'"),
+    ("cat\n\x08\n", "names in plain words", "found '\\x08'"),
     ("cat\nKüche\n".encode("latin-1"), "UTF-8", "other bytes"),
     (b"\xff\xfec\x00a\x00t\x00\n\x00", "UTF-8", "other bytes")],
     ids=["empty", "comments alone", "one", "256", "twice", "synonym twice", "twice, spaced apart",
@@ -188,7 +188,7 @@ def test_colour_picture_is_no_label(tmp_path, mode):
 
 def test_broken_label_is_named(tmp_path):
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n")
-    with pytest.raises(ValueError, match=r"a\.png: this label cannot be used"):
+    with pytest.raises(ValueError, match=r"a\.png: expected a label, found a file that cannot be used"):
         data.read_label(tmp_path / "a.png", data.lookup_table("voc", 20), size=(4, 4))
 
 

@@ -381,7 +381,7 @@ def test_hugging_face_weights_that_do_not_fit(tmp_path, change, named):
 def test_resnet_is_refused(tmp_path):
     """A ResNet CLIP, by name or by file, is told apart from a broken ViT: the message says what to use instead."""
     for name in ("RN50", "RN101", "RN50x64"):
-        with pytest.raises(ValueError, match=f"{name} is a ResNet CLIP.*ViT-B/16"):
+        with pytest.raises(ValueError, match=f"found {name}, a ResNet.*ViT-B/16"):
             clip.load(name)
     open_clip = pytest.importorskip("open_clip")
     resnet = open_clip.CLIP(64, vision_cfg=dict(layers=(1, 1, 1, 1), width=8, image_size=32, head_width=64),
@@ -396,7 +396,7 @@ def test_resnet_is_refused(tmp_path):
 def test_files_that_hold_something_else(tmp_path, content):
     """A file that torch can read but that holds no state dict is refused."""
     torch.save(content, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="other.pt should hold a state dict"):
+    with pytest.raises(ValueError, match="other.pt: expected a state dict"):
         clip.load(tmp_path / "other.pt", device="cpu")
 
 
@@ -421,7 +421,7 @@ def test_broken_files(tmp_path, save, file):
 
 
 def test_paths_that_hold_no_weights(tmp_path):
-    """A missing file and a mistyped name are FileNotFoundError, a folder without weights says what it should hold."""
+    """A missing file and a mistyped name are FileNotFoundError, a folder without weights says what it expected."""
     for wrong in ("ViT-B/17", "vit-b/16", tmp_path / "no.pt", tmp_path / "no.safetensors", tmp_path / "no.bin"):
         with pytest.raises(FileNotFoundError, match=f"ViT-B/16.*{re.escape(str(wrong))}"):
             clip.load(wrong, device="cpu")

@@ -574,7 +574,7 @@ def test_long_run_is_logged_at_most_some_200_times(tmp_path):
 def test_run_that_is_killed_hard_leaves_whole_files(tmp_path):
     """SIGKILL while it is saving all the time: every file that has a final name can be read."""
     program = (f"import sys; sys.path[:0] = [{str(ROOT)!r}]\nimport torch, runs\nfrom pathlib import Path\nprint('go', flush=True)\n"
-               f"while True: runs.save(Path({str(tmp_path)!r}, 'a.pt'), {{'stage': 'toy', 'weights': torch.zeros(200_000)}})")
+               f"while True: runs.save(Path({str(tmp_path)!r}, 'a.pt'), {{'stage': 'toy', 'weights': {{'a': torch.zeros(200_000)}}}})")
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
         process.stdout.readline()
         deadline = time.monotonic() + 60
@@ -582,4 +582,4 @@ def test_run_that_is_killed_hard_leaves_whole_files(tmp_path):
             time.sleep(0.01)
         time.sleep(0.05)
         process.kill()
-    assert runs.load(tmp_path / "a.pt", "toy")["weights"].shape == (200_000,)
+    assert runs.load(tmp_path / "a.pt", "toy")["weights"]["a"].shape == (200_000,)
