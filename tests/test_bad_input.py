@@ -261,7 +261,8 @@ def test_more_workers_than_cores_are_not_started(place, monkeypatch, script):
 
 
 @pytest.mark.parametrize("stage, flags", [
-    *(pytest.param(stage, ["--seed", seed], id=f"{stage} --seed {seed}") for stage in STAGES for seed in ("-5", str(10 ** 30))),
+    *(pytest.param(stage, ["--seed", seed], id=f"{stage} --seed {seed}") for stage in STAGES
+      for seed in ("-5", str(10 ** 30))),
     *(pytest.param(stage, ["--batch-size", size], id=f"{stage} --batch-size {size}") for stage in STAGES
       for size in ("1", "3", str(10 ** 12)))])
 def test_unusual_number_is_taken_as_it_is(place, stage, flags):
@@ -313,7 +314,8 @@ def nothing():
 NO_DATA = {"missing": ("nowhere", nothing), "empty": ("empty", empty_folder), "a file": ("photo.jpg", nothing),
            "below a file": ("photo.jpg/photos", nothing), "no images": ("notes", folder_of_other_files),
            "dangling links alone": ("links", folder_of_dangling_links), "VOC in capitals": ("VOC", nothing),
-           "Toyland in capitals": ("Toyland", nothing), "data/voc": ("data/voc", nothing), "a long name": ("x" * 300, nothing),
+           "Toyland in capitals": ("Toyland", nothing), "data/voc": ("data/voc", nothing),
+           "a long name": ("x" * 300, nothing),
            "a blank": (" ", nothing), "names twice": ("twice", names_that_differ_in_their_suffix)}
 
 
@@ -331,9 +333,11 @@ def test_folder_without_class_names_is_refused(place, capsys, script, name):
     refused(capsys, place, script, ["--data", name, "--out", "fresh"], name, "--classes")
 
 
-NAMES = {"spaces": "my own photos", "Unicode": "été на море 写真", "quotes": "it's \"mine\"", "dots": "a.b..c", "percent": "50% {off}",
+NAMES = {"spaces": "my own photos", "Unicode": "été на море 写真", "quotes": "it's \"mine\"", "dots": "a.b..c",
+         "percent": "50% {off}",
          "a dash": "--photos", "a new line": "two\nlines", "brackets": "[a-c]*", "a dataset's name": "sub/voc",
-         "a stage's name": "rectify", "200 letters": "x" * 200, "trailing slash": "photos/", "dots on the way": "photos/../photos",
+         "a stage's name": "rectify", "200 letters": "x" * 200, "trailing slash": "photos/",
+         "dots on the way": "photos/../photos",
          "inner dot": "./photos"}
 
 
@@ -393,7 +397,8 @@ def flipped_in_png() -> bytes:
 
 
 BROKEN_IMAGES = {
-    "zero bytes": lambda: b"", "text": lambda: b"I am no picture\n", "a web page": lambda: b"<!DOCTYPE html><html>404</html>",
+    "zero bytes": lambda: b"", "text": lambda: b"I am no picture\n",
+    "a web page": lambda: b"<!DOCTYPE html><html>404</html>",
     "a PDF": lambda: b"%PDF-1.4\n%\xe2\xe3\xcf\xd3\n", "zeros": lambda: bytes(5000), "AppleDouble":
     lambda: b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X        " + bytes(100),
     "JPEG's first bytes": lambda: b"\xff\xd8\xff\xe0\x00\x10JFIF", "PNG's signature": lambda: b"\x89PNG\r\n\x1a\n",
@@ -446,7 +451,8 @@ def test_broken_photo_is_named(place, capsys, content):
     refused(capsys, place, segment, ["broken photo.jpg"], "broken photo.jpg")
 
 
-@pytest.mark.parametrize("name", ["nowhere.jpg", "photos", "", "photo.jpg/x.jpg", "names.txt", "x" * 300 + ".jpg", "link.jpg",
+@pytest.mark.parametrize("name", ["nowhere.jpg", "photos", "", "photo.jpg/x.jpg", "names.txt", "x" * 300 + ".jpg",
+                                  "link.jpg",
                                   os.devnull],
                          ids=["missing", "a folder", "empty", "below a file", "a text", "a long name", "a dangling link",
                               "the null device"])
@@ -507,26 +513,29 @@ PALETTE = Image.fromarray(COLOURS).convert("P", palette=Image.Palette.ADAPTIVE)
 SIXTEEN = png(56, 40, 16, 2, b"".join(b"\0" + row.repeat(2, axis=-1).tobytes() for row in COLOURS))      # 257 · value
 FRAMES = [Image.fromarray(255 - COLOURS), Image.fromarray(COLOURS // 2)]
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-GOOD_IMAGES = {                                                 # how to write it, what is to be read, by how much it may differ
+GOOD_IMAGES = {                             # how it is written, what is to be read, by how much that may differ
     "mode 1": (saved(GREY > 127), THREE // 128 * 255, 0), "mode L": (saved(GREY), THREE, 0),
-    "mode L, JPEG": (saved(GREY, "jpg", quality=100), THREE, 3), "mode LA": (saved(half_transparent().convert("LA")), THREE, 1),
+    "mode L, JPEG": (saved(GREY, "jpg", quality=100), THREE, 3),
+    "mode LA": (saved(half_transparent().convert("LA")), THREE, 1),
     "mode P": (saved(PALETTE), np.asarray(PALETTE.convert("RGB")), 0),
     "mode P, transparent": (saved(PALETTE, transparency=0), np.asarray(PALETTE.convert("RGB")), 0),
-    "mode RGBA": (saved(half_transparent()), COLOURS, 0), "mode RGBA, WEBP": (saved(half_transparent(), "webp", lossless=True,
-                                                                              exact=True), COLOURS, 0),
+    "mode RGBA": (saved(half_transparent()), COLOURS, 0),
+    "mode RGBA, WEBP": (saved(half_transparent(), "webp", lossless=True, exact=True), COLOURS, 0),
     "mode CMYK, TIFF": (saved(Image.fromarray(COLOURS).convert("CMYK"), "tif"), COLOURS, 1),
     "mode CMYK, JPEG": (saved(Image.fromarray(COLOURS).convert("CMYK"), "jpg", quality=100, subsampling=0), COLOURS, 8),
     "mode I;16, PNG": (saved(GREY.astype(np.uint16) * 257), THREE, 0),
     "mode I;16, TIFF": (saved(GREY.astype(np.uint16) * 257, "tif"), THREE, 0),
     "mode I, TIFF": (saved(GREY.astype(np.int32) * 257, "tif"), THREE, 0),
-    "mode F, TIFF, 0 to 255": (saved(GREY.astype(np.float32), "tif"), THREE, 1), "16 bits a colour": (raw(SIXTEEN), COLOURS, 0),
+    "mode F, TIFF, 0 to 255": (saved(GREY.astype(np.float32), "tif"), THREE, 1),
+    "16 bits a colour": (raw(SIXTEEN), COLOURS, 0),
     **{f"EXIF orientation {k}": (turned(k), upright(k), 6) for k in range(1, 9)},
     "EXIF orientation 0": (turned(0), COLOURS, 6), "EXIF orientation 9": (turned(9), COLOURS, 6),
     "EXIF of 57 kB": (large_exif(), COLOURS, 6), "EXIF of noise": (saved(COLOURS, "jpg", quality=100, subsampling=0,
                                                                   exif=b"Exif\0\0" + bytes(range(256))), COLOURS, 6),
     "ICC profile": (saved(COLOURS, icc_profile=PROFILE), COLOURS, 0),
     "progressive JPEG": (saved(COLOURS, "jpg", quality=100, subsampling=0, progressive=True), COLOURS, 6),
-    "JPEG with a tail": (lambda stem: raw(encoded("jpg", quality=100, subsampling=0) + b"tail" * 50, "jpg")(stem), COLOURS, 6),
+    "JPEG with a tail": (lambda stem: raw(encoded("jpg", quality=100, subsampling=0) + b"tail" * 50, "jpg")(stem), COLOURS,
+                         6),
     "JPEG called PNG": (lambda stem: raw(encoded("jpg", quality=100, subsampling=0))(stem), COLOURS, 6),
     "PNG called JPG": (lambda stem: raw(encoded("png"), "JPG")(stem), COLOURS, 0),
     "BMP": (saved(COLOURS, "bmp"), COLOURS, 0), "PPM": (saved(COLOURS, "ppm"), COLOURS, 0),
@@ -552,7 +561,8 @@ def test_photo_of_any_kind_is_segmented_as_it_looks(place, write, pixels, tolera
 
 
 STRIPS = ["1 × 500", "2000 × 3"]
-TRAINED_WITH = {name: row for name, row in GOOD_IMAGES.items() if "mode" in name or "×" in name or name.endswith(("frames", "6"))}
+TRAINED_WITH = {name: row for name, row in GOOD_IMAGES.items()
+                if "mode" in name or "×" in name or name.endswith(("frames", "6"))}
 
 
 @pytest.mark.parametrize("write, pixels, tolerance", cases(TRAINED_WITH, slow=STRIPS))
@@ -584,8 +594,10 @@ def test_picture_without_a_known_white_is_refused_or_read(place, write, pixels):
         assert len(np.unique(read)) > len(np.unique(pixels)) // 2, f"only the greys {np.unique(read)} are left"
 
 
-PHOTO_NAMES = {"spaces": "my photo.jpg", "Unicode": "Küste 写真.jpg", "quotes": "it's \"it\".jpg", "two lines": "two\nlines.jpg",
-               "percent": "50% {0}.jpg", "a dash": "./-x.jpg", "two dots": "a.b.jpg", "no suffix": "photo", "capitals": "A.JPEG",
+PHOTO_NAMES = {"spaces": "my photo.jpg", "Unicode": "Küste 写真.jpg", "quotes": "it's \"it\".jpg",
+               "two lines": "two\nlines.jpg",
+               "percent": "50% {0}.jpg", "a dash": "./-x.jpg", "two dots": "a.b.jpg", "no suffix": "photo",
+               "capitals": "A.JPEG",
                "bytes that are no UTF-8": os.fsdecode(b"caf\xe9.jpg")}
 
 
@@ -601,7 +613,8 @@ def test_training_image_of_any_name_is_trained_with(place, name):
     shutil.copy("photo.jpg", Path("photos", name))
     command(place, rectify, [*PHOTOS, "--out", "fresh"])
     checkpoint = runs.load(Path("fresh/photos/rectify/checkpoint.pt"), "rectify")
-    assert Path(name).with_suffix("").as_posix() in checkpoint["settings"]["images"] and len(checkpoint["settings"]["images"]) == 4
+    images = checkpoint["settings"]["images"]
+    assert Path(name).with_suffix("").as_posix() in images and len(images) == 4
 
 
 def test_what_is_no_file_among_the_photos_is_passed_over(place):
@@ -623,7 +636,8 @@ def lines(*words: str) -> bytes:
 
 BAD_CLASSES = {
     "empty": b"", "blanks": b"\n \n\t\n\r\n", "comments": lines("# cat", "  # dog"), "one": lines("cat"),
-    "one with synonyms": lines("cat, kitty, puss"), "twice": lines("cat", "dog", "cat"), "twice by case": lines("cat", "CAT"),
+    "one with synonyms": lines("cat, kitty, puss"), "twice": lines("cat", "dog", "cat"),
+    "twice by case": lines("cat", "CAT"),
     "twice with blanks": lines("potted plant", "potted  plant"), "a synonym twice": lines("cat, pet", "dog, pet"),
     "a synonym twice in a class": lines("cat, cat", "dog"), "a name as a synonym": lines("cat", "dog, cat"),
     "twice in Unicode's two spellings": lines(*(unicodedata.normalize(form, "café") for form in ("NFC", "NFD")), "dog"),
@@ -631,7 +645,8 @@ BAD_CLASSES = {
     "one word of 100 kB": lines("cat", "x" * 100_000), "no readable character": lines("cat", "\x08"),
     "256 classes": lines(*(f"word {i}" for i in range(256))), "1000 classes": lines(*(f"word {i}" for i in range(1000))),
     "UTF-16": "cat\ndog\n".encode("utf-16"), "UTF-16 without a mark": "cat\ndog\n".encode("utf-16-le"),
-    "UTF-32": "cat\ndog\n".encode("utf-32"), "Latin-1": "Küche\nTür\n".encode("latin-1"), "a picture": png(1, 1, 8, 0, b"\0\0"),
+    "UTF-32": "cat\ndog\n".encode("utf-32"), "Latin-1": "Küche\nTür\n".encode("latin-1"),
+    "a picture": png(1, 1, 8, 0, b"\0\0"),
     "NUL in a name": b"ca\0t\ndog\n", "CLIP's end token": lines("cat", "<|endoftext|>"),
     "CLIP's start token in a name": lines("cat", "dog <|startoftext|>")}
 
@@ -639,7 +654,8 @@ BAD_CLASSES = {
 @pytest.mark.parametrize("script, content", cases(BAD_CLASSES, "rectify", "distill", "segment", slow=["distill"]))
 def test_bad_class_file_is_named(place, capsys, script, content):
     Path("bad names.txt").write_bytes(content)
-    flags = [flag if flag not in ("names.txt", "cat, sofa, wall") else "bad names.txt" for flag in FIRST_RUN[script.__name__]]
+    flags = [flag if flag not in ("names.txt", "cat, sofa, wall") else "bad names.txt"
+             for flag in FIRST_RUN[script.__name__]]
     refused(capsys, place, script, flags, "--classes bad names.txt")
 
 
@@ -650,14 +666,16 @@ def test_class_file_that_is_not_there_is_named(place, capsys, script, name):
     refused(capsys, place, SCRIPTS[script], ["--data", "photos", "--classes", name, "--clip", CLIP], name or "--classes")
 
 
-@pytest.mark.parametrize("words", ["nams.txt", "nowhere/names.txt", "photos", "names.tx", "photo lists, old/names.txt", "~/names.txt"])
+@pytest.mark.parametrize("words", ["nams.txt", "nowhere/names.txt", "photos", "names.tx", "photo lists, old/names.txt",
+                                   "~/names.txt"])
 def test_mistyped_class_file_of_segment_is_told_from_words(place, capsys, words):
     """segment.py's --classes is a file or a list of words: what looks like a path, and is none, is named as such."""
     said = refused(capsys, place, segment, ["photo.jpg", "--classes", words, "--clip", CLIP], words.rpartition(", ")[2])
     assert "file" in said, said
 
 
-@pytest.mark.parametrize("words", ["", ",", " , ,", "cat", "cat,", "cat, CAT", "cat, dog, cat", "cat, \x08", "cat, " + "very " * 70])
+@pytest.mark.parametrize("words", ["", ",", " , ,", "cat", "cat,", "cat, CAT", "cat, dog, cat", "cat, \x08",
+                                   "cat, " + "very " * 70])
 def test_bad_list_of_words_is_refused(place, capsys, words):
     refused(capsys, place, segment, ["photo.jpg", "--classes", words, "--clip", CLIP], "--classes")
 
@@ -665,11 +683,13 @@ def test_bad_list_of_words_is_refused(place, capsys, words):
 GOOD_CLASSES = {
     "a byte-order mark": (b"\xef\xbb\xbf" + lines("cat", "dog"), ["cat", "dog"]),
     "Windows' line ends": (b"cat\r\ndog\r\n", ["cat", "dog"]), "old Macs' line ends": (b"cat\rdog\r", ["cat", "dog"]),
-    "no last line end": (b"cat\ndog", ["cat", "dog"]), "blanks and comments": (b"# pets\n\n cat \n\t\n  # more\ndog\n", ["cat", "dog"]),
+    "no last line end": (b"cat\ndog", ["cat", "dog"]),
+    "blanks and comments": (b"# pets\n\n cat \n\t\n  # more\ndog\n", ["cat", "dog"]),
     "synonyms": (lines("cat, kitty ,, puss,", "dog"), ["cat", "dog"]), "emoji": (lines("🐱", "🐶"), ["🐱", "🐶"]),
     "Cyrillic and Chinese": (lines("кот", "狗"), ["кот", "狗"]), "digits": (lines("7", "8"), ["7", "8"]),
     "braces": (lines("{}", "{0} {name}"), ["{}", "{0} {name}"]), "percent": (lines("%s", "100%"), ["%s", "100%"]),
-    "entities": (lines("cat &amp; dog", "sofa"), ["cat &amp; dog", "sofa"]), "quotes": (lines("'cat'", '"dog"'), ["'cat'", '"dog"']),
+    "entities": (lines("cat &amp; dog", "sofa"), ["cat &amp; dog", "sofa"]),
+    "quotes": (lines("'cat'", '"dog"'), ["'cat'", '"dog"']),
     "a name of 60 tokens": (lines("cat", "very " * 59 + "old"), ["cat", "very " * 59 + "old"])}
 
 
@@ -743,16 +763,20 @@ def images_in_capitals() -> None:
 
 
 BAD_TREES = {                                                                   # what is spoilt, what is to be named
-    "no data folder": (without(Path("data")), "JPEGImages"), "empty data folder": (without(Path("data/VOCdevkit")), "JPEGImages"),
+    "no data folder": (without(Path("data")), "JPEGImages"),
+    "empty data folder": (without(Path("data/VOCdevkit")), "JPEGImages"),
     "no JPEGImages": (without(BASE / "JPEGImages"), "JPEGImages"), "no ImageSets": (without(BASE / "ImageSets"), ".txt"),
     "no lists": (lists_gone, ".txt"), "JPEGImages is a file": (file_for_folder(BASE / "JPEGImages"), "JPEGImages"),
-    "ImageSets is a file": (file_for_folder(BASE / "ImageSets"), ".txt"), "VOC2012 is a file": (file_for_folder(BASE), "JPEGImages"),
+    "ImageSets is a file": (file_for_folder(BASE / "ImageSets"), ".txt"),
+    "VOC2012 is a file": (file_for_folder(BASE), "JPEGImages"),
     "lists are folders": (folder_for_file(LISTS / "train.txt", LISTS / "val.txt"), ".txt"),
     "empty lists": (list_of(b""), ".txt"), "blank lists": (list_of(b"\n \r\n"), ".txt"),
-    "lists of UTF-16": (list_of("2007_000032\n".encode("utf-16")), ".txt"), "lists of noise": (list_of(b"\xff\x80\n"), ".txt"),
+    "lists of UTF-16": (list_of("2007_000032\n".encode("utf-16")), ".txt"),
+    "lists of noise": (list_of(b"\xff\x80\n"), ".txt"),
     "lists with NUL": (list_of(b"2007\x00000032\n"), ".txt"), "a name of 300 letters": (list_of(b"x" * 300), "x" * 300),
     "a missing image": (list_of(b"2007_000032\n2007_999999\n"), "2007_999999.jpg"),
-    "names with suffixes": (list_of(b"2007_000032.jpg\n"), "2007_000032.jpg.jpg"), "a dangling link": (dangling_image, ".jpg"),
+    "names with suffixes": (list_of(b"2007_000032.jpg\n"), "2007_000032.jpg.jpg"),
+    "a dangling link": (dangling_image, ".jpg"),
     "suffixes in capitals": (images_in_capitals, ".jpg")}
 
 
@@ -764,7 +788,8 @@ def test_bad_tree_of_voc_is_refused(place, capsys, script, spoil, naming):
 
 ORDERED = "".join(f"{name}\n" for name in IDS).encode()
 GOOD_LISTS = {"Windows' line ends": ORDERED.replace(b"\n", b"\r\n"), "blank lines": b"\n" + ORDERED.replace(b"\n", b"\n\n"),
-              "trailing blanks": ORDERED.replace(b"\n", b"  \t\n"), "leading blanks": b"  " + ORDERED, "no last line end": ORDERED[:-1],
+              "trailing blanks": ORDERED.replace(b"\n", b"  \t\n"), "leading blanks": b"  " + ORDERED,
+              "no last line end": ORDERED[:-1],
               "repetitions": ORDERED * 2, "another order": b"".join(reversed(ORDERED.splitlines(keepends=True))),
               "a second column": ORDERED.replace(b"\n", b" 1\n"), "a byte-order mark": b"\xef\xbb\xbf" + ORDERED}
 
@@ -802,7 +827,8 @@ BAD_LABELS = {
     "zero bytes": label_of(b""), "text": label_of(b"no picture"), "cut at 30 %": label_of(cut_label(0.3)),
     "cut at 80 %": label_of(cut_label(0.8)), "a JPEG": label_of(lambda: encoded("jpg")), "colours": label_of(photo()),
     "colours with alpha": label_of(photo().convert("RGBA")), "16 bits": label_of(Image.fromarray(VALUES.astype(np.uint16))),
-    "turned": label_of(VALUES.T), "a row too many": label_of(np.vstack([VALUES, VALUES[:1]])), "one pixel": label_of(VALUES[:1, :1]),
+    "turned": label_of(VALUES.T), "a row too many": label_of(np.vstack([VALUES, VALUES[:1]])),
+    "one pixel": label_of(VALUES[:1, :1]),
     "an unknown value": label_of(np.where(VALUES == 15, 21, VALUES)), "254": label_of(np.where(VALUES == 15, 254, VALUES)),
     "grey values of a photo": label_of(np.asarray(photo().convert("L"))), "a folder": folder_for_file(LABEL)}
 
@@ -814,7 +840,8 @@ def test_bad_label_is_named(place, capsys, spoil):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spoil", cases({name: BAD_LABELS[name] for name in ("text", "cut at 30 %", "an unknown value", "turned")}))
+@pytest.mark.parametrize("spoil", cases({name: BAD_LABELS[name] for name in (
+    "text", "cut at 30 %", "an unknown value", "turned")}))
 def test_bad_label_does_not_cost_the_training(place, capsys, spoil):
     """The checkpoint is written before any label is opened; then the measuring is refused."""
     spoil()
@@ -832,7 +859,8 @@ def all_labels(value: int):
 
 @pytest.mark.parametrize("spoil", cases({
     "all ignored": all_labels(255), "all background": all_labels(0), "none": without(LABEL.parent),
-    "an empty folder": lambda: (shutil.rmtree(LABEL.parent), LABEL.parent.mkdir()), "a file": file_for_folder(LABEL.parent)}))
+    "an empty folder": lambda: (shutil.rmtree(LABEL.parent), LABEL.parent.mkdir()),
+    "a file": file_for_folder(LABEL.parent)}))
 def test_nothing_to_measure_is_no_result(place, capsys, spoil):
     spoil()
     refused(capsys, place, evaluate, ["--data", "voc"])
@@ -940,7 +968,8 @@ def folder_for(path: Path) -> None:
 
 
 BAD_FILES = {"empty": lambda path: path.write_bytes(b""), "text": lambda path: path.write_text("no checkpoint\n"),
-             "JSON": lambda path: path.write_text('{"stage": "rectify"}'), "zeros": lambda path: path.write_bytes(bytes(5000)),
+             "JSON": lambda path: path.write_text('{"stage": "rectify"}'),
+             "zeros": lambda path: path.write_bytes(bytes(5000)),
              **{f"cut at {round(100 * share)} %": truncated(share) for share in (0.01, 0.3, 0.6, 0.99)},
              "without its last byte": lambda path: path.write_bytes(path.read_bytes()[:-1]), "one wrong bit": flipped,
              "code": code, "a folder": folder_for}
@@ -953,13 +982,15 @@ BAD_CHECKPOINTS = {
     "a recipe that is none": put([1, 2], "settings", "recipe"), "weights that are none": put([1, 2], "weights"),
     "a weight that is none": first_weight(lambda tensor: "text"), "a weight less": changed(first_weight_gone),
     "a weight more": put(torch.ones(3), "weights", "surplus"),
-    "a weight of another shape": first_weight(lambda tensor: torch.ones(2, 2)), "another number of classes": changed(fewer_classes),
+    "a weight of another shape": first_weight(lambda tensor: torch.ones(2, 2)),
+    "another number of classes": changed(fewer_classes),
     "a weight that is NaN": first_weight(lambda tensor: tensor * torch.nan)}
 OF_RECIPE = {"rectify": {"a number of the recipe missing": remove("settings", "recipe", "vote_threshold"),
                          "a number more in the recipe": put(1, "settings", "recipe", "surplus"),
                          "a dense path that is none": put("nonsense", "settings", "recipe", "dense_path"),
                          "a prompt length of another prompt": put(5, "settings", "recipe", "prompt_length")},
-             "distill": {"no backbone": remove("settings", "recipe", "backbone"), "no teacher": remove("settings", "teacher"),
+             "distill": {"no backbone": remove("settings", "recipe", "backbone"),
+                         "no teacher": remove("settings", "teacher"),
                          "another backbone": put("nonsense", "settings", "recipe", "backbone")}}
 
 
@@ -975,7 +1006,8 @@ def test_bad_rectification_is_named(place, capsys, script, spoil):
     assert not Path("executed").exists()
 
 
-@pytest.mark.parametrize("script, spoil", cases(BAD_CHECKPOINTS | OF_RECIPE["distill"], "evaluate", "segment", slow=["evaluate"]))
+@pytest.mark.parametrize("script, spoil", cases(BAD_CHECKPOINTS | OF_RECIPE["distill"], "evaluate", "segment",
+                                                slow=["evaluate"]))
 def test_bad_student_is_named(place, capsys, script, spoil):
     path = Path("runs/photos/distill/checkpoint.pt")
     spoil(path)
@@ -998,7 +1030,8 @@ BAD_RESUMES = {
     **BAD_CHECKPOINTS, "no optimiser": remove("optimizer"), "an optimiser that is none": put("text", "optimizer"),
     "no groups in the optimiser": of_optimizer(lambda optimizer: optimizer.pop("param_groups")),
     "momentum of other shapes": of_optimizer(momentum_of_other_shapes), "no step": remove("step"),
-    "a step that is none": put("text", "step"), "a negative step": put(-1, "step"), "a step behind the end": put(10 ** 6, "step")}
+    "a step that is none": put("text", "step"), "a negative step": put(-1, "step"),
+    "a step behind the end": put(10 ** 6, "step")}
 
 
 @pytest.mark.parametrize("script, spoil", cases(BAD_RESUMES, "rectify", "distill", slow=["distill"]))
@@ -1017,7 +1050,8 @@ def test_unspoilt_run_resumes(place, script):
     assert same_weights(weights_of(script.__name__, "unfinished/photos"), weights_of(script.__name__))
 
 
-BAD_LOGS = {"empty": b"", "noise": b"\xff\x80\x00\n", "half a line": b'{"step": 0, "lo', "a number": b"5\n", "a list": b"[]\n",
+BAD_LOGS = {"empty": b"", "noise": b"\xff\x80\x00\n", "half a line": b'{"step": 0, "lo', "a number": b"5\n",
+            "a list": b"[]\n",
             "no step": b"{}\n", "a step that is none": b'{"step": "text"}\n', "blank lines": b"\n\n"}
 
 
@@ -1098,15 +1132,20 @@ BAD_CLIPS = {
     **{f"archive cut at {round(100 * share)} %": clip_cut(share) for share in (0.01, 0.5, 0.99)}, "code": clip_code,
     "a list": clip_file(lambda state: [1, 2]), "an empty dict": clip_file(lambda state: {}),
     "a ResNet": clip_file(lambda state: {"visual.layer1.0.conv1.weight": torch.ones(2, 2, 1, 1)}),
-    "names of another program": clip_file(renamed), "a key less": clip_without("ln_final.bias"), "a key of the sizes less": clip_without("visual.conv1.weight"),
+    "names of another program": clip_file(renamed), "a key less": clip_without("ln_final.bias"),
+    "a key of the sizes less": clip_without("visual.conv1.weight"),
     "a key more": clip_file(lambda state: state.update(surplus=torch.ones(2))),
-    "a transposed projection": set_key("visual.proj", torch.Tensor.t), "a short norm": set_key("visual.ln_post.weight", lambda t: t[:3]),
+    "a transposed projection": set_key("visual.proj", torch.Tensor.t),
+    "a short norm": set_key("visual.ln_post.weight", lambda t: t[:3]),
     "a flat patch embedding": set_key("visual.conv1.weight", torch.Tensor.flatten),
-    "a flat text projection": set_key("text_projection", torch.Tensor.flatten), "no square of patches": set_key(
-        "visual.positional_embedding", lambda t: t[:6]), "1000 words": set_key("token_embedding.weight", lambda t: t[:1000]), "an image width of 63": set_key(
-        "visual.conv1.weight", lambda t: t[:63]), "one channel": set_key("visual.conv1.weight", lambda t: t[:, :1]),
-    "NaN in the image tower": set_key("visual.proj", lambda t: t * torch.nan), "NaN in the text tower": set_key(
-        "text_projection", lambda t: t * torch.nan), "infinity": set_key("visual.ln_post.weight", lambda t: t / 0),
+    "a flat text projection": set_key("text_projection", torch.Tensor.flatten),
+    "no square of patches": set_key("visual.positional_embedding", lambda t: t[:6]),
+    "1000 words": set_key("token_embedding.weight", lambda t: t[:1000]),
+    "an image width of 63": set_key("visual.conv1.weight", lambda t: t[:63]),
+    "one channel": set_key("visual.conv1.weight", lambda t: t[:, :1]),
+    "NaN in the image tower": set_key("visual.proj", lambda t: t * torch.nan),
+    "NaN in the text tower": set_key("text_projection", lambda t: t * torch.nan),
+    "infinity": set_key("visual.ln_post.weight", lambda t: t / 0),
     "an empty folder": lambda: Path("bad clip.pt").mkdir()}
 
 
@@ -1139,7 +1178,8 @@ def test_clip_in_another_wrapping_works(place, change):
 
 # ------------------------------------------------------------------------------------------ --out and what lies there
 
-OUT_RUNS = {"rectify": [*PHOTOS], "distill": [*PHOTOS], "evaluate": [*VOC], "segment": SEGMENT[:-2], "reproduce": [*VOC, "--seeds", "1"]}
+OUT_RUNS = {"rectify": [*PHOTOS], "distill": [*PHOTOS], "evaluate": [*VOC], "segment": SEGMENT[:-2],
+            "reproduce": [*VOC, "--seeds", "1"]}
 
 
 @pytest.mark.slow
@@ -1176,7 +1216,8 @@ def file_at(name: str):
 
 IN_THE_WAY = {
     "photos": file_at("photos"), "photos/rectify": file_at("photos/rectify"), "photos/cache": file_at("photos/cache"),
-    **{f"photos/rectify/{name}": folder_at(f"photos/rectify/{name}") for name in ("recipe.json", "log.jsonl", "checkpoint.pt")}}
+    **{f"photos/rectify/{name}": folder_at(f"photos/rectify/{name}")
+       for name in ("recipe.json", "log.jsonl", "checkpoint.pt")}}
 
 
 @pytest.mark.parametrize("name, spoil", [pytest.param(name, spoil, id=name) for name, spoil in IN_THE_WAY.items()])
@@ -1191,7 +1232,8 @@ def test_what_lies_in_the_way_of_a_training_is_named(place, capsys, name, spoil)
 def test_what_lies_in_the_way_of_the_results_does_not_cost_the_training(place, capsys, name):
     folder_at(f"voc/rectify/{name}")()
     said = refused(capsys, place, rectify, [*VOC, "--out", "fresh"], f"fresh/voc/rectify/{name}",
-                   new=[f"fresh/voc/rectify/{file}" for file in ("checkpoint.pt", "recipe.json", "log.jsonl", "metrics.json")])
+                   new=[f"fresh/voc/rectify/{file}"
+                        for file in ("checkpoint.pt", "recipe.json", "log.jsonl", "metrics.json")])
     assert ".part" not in said, said
     assert same_weights(weights_of("rectify", "fresh/voc"), weights_of("rectify", "runs/voc"))
 
@@ -1249,7 +1291,7 @@ BAD_SCENES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["rectify", "toyland"])
 def test_bad_scene_is_drawn_again_or_named(place, capsys, script, split, content):
-    """A scene is a function of its number: it is drawn again, or the run is refused; never a riddle, never another picture."""
+    """A scene is a function of its number: it is drawn again, or the run is refused; no riddle, no other picture."""
     spoilt_scene(split, content)()
     path = Path("data/toyland/images", split, "0001.png")
     before = path.read_bytes()
@@ -1270,11 +1312,13 @@ def test_bad_scene_is_drawn_again_or_named(place, capsys, script, split, content
 @pytest.mark.parametrize("root, spoil", cases({
     "a file": ("names.txt", nothing), "below a file": ("names.txt/data", nothing), "a long name": ("x" * 300, nothing),
     "toyland is a file": ("own", lambda: (Path("own").mkdir(), Path("own/toyland").write_text("in the way"))),
-    "images is a file": ("own", lambda: (Path("own/toyland").mkdir(parents=True), Path("own/toyland/images").write_text("in the way"))),
+    "images is a file": ("own", lambda: (Path("own/toyland").mkdir(parents=True),
+                                         Path("own/toyland/images").write_text("in the way"))),
     "overview.png is a folder": ("own", folder_for_file(Path("own/toyland/overview.png")))}))
 def test_root_that_toyland_cannot_be_drawn_to_is_refused(place, capsys, root, spoil):
     spoil()
-    new = [f"own/toyland/{kind}/{split}/{number:04d}.png" for kind, splits in (("images", ("train", "val")), ("labels", ("val",)))
+    new = [f"own/toyland/{kind}/{split}/{number:04d}.png"
+           for kind, splits in (("images", ("train", "val")), ("labels", ("val",)))
            for split in splits for number in range(2)]          # whole scenes are kept for the next time
     said = refused(capsys, place, toyland, ["--root", root], root, new=new)
     assert ".part" not in said, said
