@@ -387,7 +387,7 @@ def test_resnet_is_refused(tmp_path):
     resnet = open_clip.CLIP(64, vision_cfg=dict(layers=(1, 1, 1, 1), width=8, image_size=32, head_width=64),
                             text_cfg=dict(width=64, heads=1, layers=1, vocab_size=20))
     torch.save(resnet.state_dict(), tmp_path / "RN.pt")
-    with pytest.raises(ValueError, match=r"RN\.pt holds a ResNet CLIP.*ViT-B/16"):
+    with pytest.raises(ValueError, match=r"RN\.pt: expected a ViT CLIP.*found a ResNet CLIP.*ViT-B/16"):
         clip.load(tmp_path / "RN.pt", device="cpu")
 
 
