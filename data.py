@@ -3,7 +3,8 @@
 Training and evaluation are kept apart on purpose. `TrainingImages` yields images and ids and has no way to a label:
 no label path is ever handed to it. `LabelledImages` is another class, for evaluation alone.
 
-A dataset is known by name (`toyland`, `voc`) or is a folder of your own images with a file of class names.
+A dataset is known by name (`toyland`, or one of public_datasets.py) or is a folder of your own images with a file of class
+names. This file holds what is the same for all of them.
 
     B images · C classes · H,W pixels
 """
@@ -11,6 +12,7 @@ A dataset is known by name (`toyland`, `voc`) or is a folder of your own images 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import v2
 
+import public_datasets
 import toyland
+from public_datasets import DATASETS
 from runs import seed_of
 
 IGNORE = 255                                            # a pixel that no measure counts
@@ -31,13 +35,10 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".p
 
 # ------------------------------------------------------------------------------------------ classes
 
-VOC_CLASSES = [
-    "airplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dining table", "dog", "horse",
-    "motorbike", "person", "potted plant", "sheep", "sofa", "train", "tv monitor"]
-VOC_PALETTE = [
-    (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128), (128, 0, 128), (0, 128, 128), (128, 128, 128), (64, 0, 0),
-    (192, 0, 0), (64, 128, 0), (192, 128, 0), (64, 0, 128), (192, 0, 128), (64, 128, 128), (192, 128, 128), (0, 64, 0),
-    (128, 64, 0), (0, 192, 0), (128, 192, 0), (0, 64, 128)]
+# Of every dataset known by name: its classes as the prompts say them, and their colours.
+KNOWN = {"toyland": (toyland.CLASSES, toyland.PALETTE),
+         **{name: public_datasets.names_and_colours(name) for name in DATASETS}}
+VOC_CLASSES, VOC_PALETTE = KNOWN["voc"]
 
 # The 85 sentences that MaskCLIP and ReCLIP average for a class's query (OpenAI's 80 for ImageNet and five more).
 QUERY_TEMPLATES = """
@@ -84,8 +85,8 @@ def vocabulary(data: str, classes_file: str | None = None) -> Vocabulary:
         return vocabulary_of(data, read_classes(Path(classes_file)))
     if data in KNOWN:
         return vocabulary_of(data, tuple((name,) for name in KNOWN[data][0]))
-    raise ValueError(f"--data {data}: expected toyland, voc, or a folder of your own images together with --classes FILE, a "
-                     "text file with one class name a line (synonyms after commas); found no --classes.")
+    raise ValueError(f"--data {data}: expected {', '.join(KNOWN)}, or a folder of your own images together with --classes "
+                     "FILE, a text file with one class name a line (synonyms after commas); found no --classes.")
 
 
 def vocabulary_of(data: str, synonyms: tuple[tuple[str, ...], ...]) -> Vocabulary:
@@ -94,9 +95,6 @@ def vocabulary_of(data: str, synonyms: tuple[tuple[str, ...], ...]) -> Vocabular
     if [first for first, *_ in synonyms] != list(names):
         palette = distinct_colours(len(synonyms))
     return Vocabulary(synonyms, tuple(palette), tuple(toyland.TEMPLATES if data == "toyland" else QUERY_TEMPLATES))
-
-
-KNOWN = {"toyland": (toyland.CLASSES, toyland.PALETTE), "voc": (VOC_CLASSES, VOC_PALETTE)}
 
 
 def read_classes(path: Path) -> tuple[tuple[str, ...], ...]:
@@ -165,9 +163,8 @@ def training_images(data: str, root: str) -> dict[str, Path]:
     if data == "toyland":
         folder = toyland.draw_dataset(Path(root)) / "images" / "train"
         return {f"train/{path.stem}": path for path in sorted(folder.glob("*.png"))}
-    if data == "voc":
-        base = find_voc(root)
-        return listed(base, "train.txt", base / "JPEGImages", ".jpg")
+    if data in DATASETS:
+        return public_datasets.image_files(data, root, "train")
     return images_in(Path(data))
 
 
@@ -176,21 +173,23 @@ def validation_images(data: str, root: str) -> dict[str, Path]:
     if data == "toyland":
         folder = toyland.draw_dataset(Path(root)) / "images" / "val"
         return {f"val/{path.stem}": path for path in sorted(folder.glob("*.png"))}
-    if data == "voc":
-        base = find_voc(root)
-        return listed(base, "val.txt", base / "JPEGImages", ".jpg")
+    if data in DATASETS:
+        return public_datasets.image_files(data, root, "val")
     return images_in(Path(data))
 
 
 def true_label_files(data: str, root: str, ids: list[str], labels: str | None = None) -> dict[str, Path]:
     """For evaluation alone: id → label file of those validation images that have one. May be empty.
 
-    `labels` is the folder of index pictures that belongs to a user's own images (same stems, .png).
+    `labels` is the folder of index pictures that belongs to a user's own images (same stems, .png). Where a public dataset's
+    labels could be read in two ways, prints which is taken; raises ValueError when that is seen to be the wrong one.
     """
     if data == "toyland":
         found = {name: Path(root) / "toyland" / "labels" / f"{name}.png" for name in ids}
-    elif data == "voc":
-        found = {name: find_voc(root) / "SegmentationClass" / f"{name}.png" for name in ids}
+    elif data in DATASETS:
+        found = public_datasets.label_files(data, root, "val", ids)
+        if found and (said := how_labels_are_read(data, root, found)):
+            print(said)
     elif labels is not None:
         if not Path(labels).is_dir():
             raise FileNotFoundError(f"--labels {labels}: expected a folder of index pictures, found none.")
@@ -203,21 +202,27 @@ def true_label_files(data: str, root: str, ids: list[str], labels: str | None = 
     return {name: path for name, path in found.items() if path.exists()}
 
 
-def lookup_table(data: str, classes: int) -> np.ndarray:
+def lookup_table(data: str, classes: int) -> np.ndarray | dict[str, np.ndarray]:
     """For evaluation alone: value in a label file → class, (256,) int16. 255: ignored; −1: may not occur.
 
+    Of a dataset whose label files come in several encodings (Cityscapes): one such table for each end of a file's name.
     Raises ValueError when a known dataset's labels are to be read with another number of classes than its own.
     """
     if not labels_fit(data, classes):
         raise ValueError(f"the labels of {data} speak of its own {len(KNOWN[data][0])} classes: expected as many, in its "
                          f"order, found {classes} in --classes. Other classes can be looked at (segment.py), not measured.")
+    if data not in DATASETS:
+        return table_of(dict(enumerate(range(classes))), ignored=[])
+    tables = {end: table_of(*public_datasets.label_values(data, encoding))
+              for end, encoding in public_datasets.endings(data).items()}
+    return tables if len(tables) > 1 else next(iter(tables.values()))
+
+
+def table_of(class_of: dict[int, int], ignored: list[int]) -> np.ndarray:
+    """Value → class as a table, (256,) int16, with −1 for what is neither a class nor ignored."""
     table = np.full(256, -1, dtype=np.int16)
-    if data == "voc":                                   # 0 background and 255 border are ignored, 1..20 → 0..19
-        table[1:21] = np.arange(20)
-        table[0] = IGNORE
-    else:
-        table[:classes] = np.arange(classes)
-    table[IGNORE] = IGNORE
+    table[list(class_of)] = list(class_of.values())
+    table[[*ignored, IGNORE]] = IGNORE
     return table
 
 
@@ -226,41 +231,66 @@ def labels_fit(data: str, classes: int) -> bool:
     return data not in KNOWN or classes == len(KNOWN[data][0])
 
 
-VOC_TREE = "VOCdevkit/VOC2012/{JPEGImages,SegmentationClass,ImageSets/Segmentation/{train,val}.txt}"
+def how_labels_are_read(data: str, root: str, labels: dict[str, Path]) -> str:
+    """For evaluation alone: where a dataset's labels could be read in two ways, which is taken and why; else "".
+
+    Raises ValueError when PASCAL Context's labels are seen to be in the other order than the dataset's name says.
+    """
+    ends = public_datasets.endings(data)
+    if len(ends) > 1:
+        taken = {end: sum(path.name.endswith(end) for path in labels.values()) for end in ends}
+        return f"Labels of {data}: " + ", ".join(f"{count} *{end}" for end, count in taken.items() if count)
+    if DATASETS[data].classes != "context":
+        return ""
+    [declared], name_of = DATASETS[data].labels, context_orders()
+    agreement, pixels = context_agreement(public_datasets.find(data, root), labels)
+    best = max(agreement, key=agreement.get)
+    seen = f"of {pixels} pixels that PASCAL VOC's labels name too, {agreement[declared]:.0%} have the same class"
+    if agreement[best] < 0.5:
+        why = seen if pixels else "no labels of PASCAL VOC for these images lie beside them"
+        return f"Labels of {data}: read in the order {declared}. Nothing proves it: {why}. If it is wrong, mIoU is near 0."
+    if best != declared:
+        raise ValueError(f"--data {data}: expected labels in the order {declared}, found them in the order {best}: {seen}, "
+                         f"read as {best} {agreement[best]:.0%}. Use --data {name_of[best]}. What was trained saw no label and "
+                         f"stays right: rename its folder {data} to {name_of[best]}.")
+    return f"Labels of {data}: read in the order {declared}, rightly: {seen}."
 
 
-def find_voc(root: str) -> Path:
-    """The folder VOC2012 under `root`, which may also be VOCdevkit or VOC2012 itself. Raises FileNotFoundError."""
-    tried = [Path(root, "VOCdevkit", "VOC2012"), Path(root, "VOC2012"), Path(root)]
-    for base in tried:
-        if (base / "JPEGImages").is_dir():
-            return base
-    raise FileNotFoundError(
-        f"--data voc: expected {VOC_TREE} under {root}; found no JPEGImages in {', '.join(map(str, tried))}. "
-        f"Add --download to fetch it (1.9 GB), or unpack "
-        "VOCtrainval_11-May-2012.tar of the PASCAL VOC 2012 project page there, or point --root at your copy.")
+def context_orders() -> dict[str, str]:
+    """For evaluation alone: the orders in which PASCAL Context's labels circulate → the name of the dataset that reads it."""
+    return {order: name for name, dataset in DATASETS.items() if dataset.classes == "context" for order in dataset.labels}
 
 
-def listed(base: Path, list_name: str, folder: Path, suffix: str) -> dict[str, Path]:
-    """The images named in ImageSets/Segmentation/<list_name>. Raises naming the first that is missing."""
-    path = base / "ImageSets" / "Segmentation" / list_name
-    if not path.is_file():
-        raise FileNotFoundError(f"expected the list {path}, found none. The tree should be {VOC_TREE}.")
-    ids = sorted({line.split()[0] for line in path.read_text().splitlines() if line.strip()})
-    if not ids:
-        raise ValueError(f"{path}: expected image ids, one a line; found an empty list.")
-    found = {name: folder / (name + suffix) for name in ids}
-    missing = [path for path in found.values() if not path.is_file()]
-    if missing:
-        raise FileNotFoundError(f"{path} names {len(ids)} images: expected all of them in {folder}, found {len(missing)} "
-                                f"missing; the first is {missing[0]}. Unpack the archive again or mend the list.")
-    return found
+def context_agreement(base: Path, labels: dict[str, Path], most: int = 50) -> tuple[dict[str, float], int]:
+    """For evaluation alone: the share of pixels to which Context and VOC give the same class, for each order of Context's.
+
+    Where VOC's own labels of the same images lie beside (in VOC2010 or VOC2012), up to `most` of them are compared, on the 20
+    classes that both have but the airplane, whose value is 1 in both orders. Returns shares and the number of pixels.
+    """
+    beside = [base / "SegmentationClass", base.parent / "VOC2012" / "SegmentationClass"]
+    pairs = ((path, folder / f"{name}.png") for name, path in labels.items() for folder in beside
+             if (folder / f"{name}.png").exists())
+    names = KNOWN["context"][0]
+    class_of = {value: names.index("table" if name == "dining table" else name)
+                for value, name in enumerate(VOC_CLASSES[1:], start=2)}
+    voc = table_of(class_of, ignored=[0, 1])
+    tables = {order: lookup_table(name, len(names)) for order, name in context_orders().items()}
+    agree, pixels = dict.fromkeys(tables, 0), 0
+    for context_path, voc_path in itertools.islice(pairs, most):
+        values, expected = label_picture(context_path), voc[label_picture(voc_path)]
+        if values.shape == expected.shape:
+            both = (expected != IGNORE) & (tables["alphabetical"][values] != IGNORE)
+            pixels += int(both.sum())
+            for order, table in tables.items():
+                agree[order] += int((table[values] == expected)[both].sum())
+    return {order: count / max(1, pixels) for order, count in agree.items()}, pixels
 
 
 def images_in(folder: Path) -> dict[str, Path]:
     """All images under a folder, also in its sub-folders: id (relative path without suffix) → path."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"--data {folder}: expected toyland, voc, or a folder of images; found no folder of that name.")
+        raise FileNotFoundError(f"--data {folder}: expected toyland, voc, or a folder of images "
+                                f"(also known: {', '.join(list(DATASETS)[1:])}); found no folder of that name.")
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
     if not paths:
         raise ValueError(f"--data {folder}: expected images ({', '.join(sorted(IMAGE_SUFFIXES))}) in this folder, found none.")
@@ -291,18 +321,31 @@ def read_image(path: Path) -> Image.Image:
                          "fetch it again or take it out of the list.") from error
 
 
-def read_label(path: Path, table: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """For evaluation alone: a label file → classes (H, W) int64 by the look-up table.
-
-    Raises ValueError, naming file and values, when a value is not in the table or the size (H, W) is not the image's.
-    """
+def label_picture(path: Path) -> np.ndarray:
+    """For evaluation alone: the values of a label file, (H, W) uint8. Raises ValueError naming one that cannot be used."""
     try:
         with Image.open(path) as image:
             if image.mode not in ("P", "L", "1"):
                 raise ValueError(f"expected an index picture (mode P or L), found mode {image.mode}")
-            values = np.asarray(image, dtype=np.uint8)
+            return np.asarray(image, dtype=np.uint8)
     except Exception as error:
         raise ValueError(f"{path}: this label cannot be used: {error}. Mend or replace the file.") from error
+
+
+def table_for(path: Path, table: np.ndarray | dict[str, np.ndarray]) -> np.ndarray:
+    """For evaluation alone: the table of one label file; among several the end of the file's name decides."""
+    if not isinstance(table, dict):
+        return table
+    return next(one for end, one in table.items() if path.name.endswith(end))
+
+
+def read_label(path: Path, table: np.ndarray | dict[str, np.ndarray], size: tuple[int, int]) -> np.ndarray:
+    """For evaluation alone: a label file → classes (H, W) int64 by the look-up table (see `lookup_table`).
+
+    Raises ValueError, naming file and values, when a value is not in the table or the size (H, W) is not the image's.
+    """
+    table = table_for(path, table)
+    values = label_picture(path)
     if values.shape != size:
         raise ValueError(f"{path}: expected a label of {size[0]}×{size[1]} pixels, as its image; found {values.shape[0]}×"
                          f"{values.shape[1]}.")
@@ -439,17 +482,22 @@ class LabelledImages(torch.utils.data.Dataset):
 # ------------------------------------------------------------------------------------------ a download
 
 def download(data: str, root: str) -> None:
-    """Fetch PASCAL VOC 2012 under `root` unless it is there. Raises ValueError for others, OSError when it fails."""
-    if data != "voc":
+    """Fetch PASCAL VOC 2012 under `root` unless it is there. Raises ValueError for the others, OSError when it fails.
+
+    The other public datasets ask for a registration or lie on slow mirrors: the error says what to unpack where.
+    """
+    if data not in DATASETS:
         raise ValueError(f"--download: expected --data voc, the one dataset that can be fetched here; found {data}.")
     try:
-        find_voc(root)
+        public_datasets.find(data, root)
         return
-    except FileNotFoundError:
-        pass
+    except FileNotFoundError as missing:
+        if data != "voc":
+            raise ValueError(f"--download: expected --data voc, the one dataset that can be fetched here; found {data}. "
+                             f"{missing}") from None
     from torchvision.datasets import VOCSegmentation
     try:
         VOCSegmentation(root, year="2012", image_set="train", download=True)
     except RuntimeError as error:
-        raise OSError(f"PASCAL VOC 2012 could not be fetched ({error}). Try again, or unpack VOCtrainval_11-May-2012.tar "
+        raise OSError(f"PASCAL VOC 2012 could not be fetched ({error}). Try again, or unpack {DATASETS['voc'].archive} "
                       f"under {root} yourself.") from error

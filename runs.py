@@ -25,6 +25,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from public_datasets import DATASETS
+
 # ------------------------------------------------------------------------------------------ flags
 
 
@@ -34,8 +36,8 @@ def common_flags(description: str, training: bool = True) -> argparse.ArgumentPa
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     what = parser.add_argument_group("what to work on")
     what.add_argument("--data", metavar="NAME|FOLDER", default=argparse.SUPPRESS,
-                      help="toyland, voc, or a folder of your own images (default: that of the newest run in --out "
-                           "that this stage can continue, else toyland)")
+                      help=f"toyland, {', '.join(DATASETS)}, or a folder of your own images, ./voc if it is named so "
+                           "(default: that of the newest run in --out that this stage can continue, else toyland)")
     what.add_argument("--root", metavar="DIR", default=argparse.SUPPRESS, help="where datasets lie (default: data)")
     what.add_argument("--download", action="store_true", help="fetch the dataset if it is missing (voc alone)")
     what.add_argument("--classes", metavar="FILE", default=argparse.SUPPRESS,
@@ -138,7 +140,7 @@ def stage_folder(out: str | Path, data: str, stage: str) -> Path:
 
 def is_folder(data: str) -> bool:
     """A dataset that is no known name is meant as a path."""
-    return data not in ("toyland", "voc")
+    return data != "toyland" and data not in DATASETS
 
 
 def newest(out: str | Path, stage: str) -> Path | None:
