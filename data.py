@@ -251,21 +251,21 @@ def how_labels_are_read(data: str, root: str, labels: dict[str, Path]) -> str:
         return f"Labels of {data}: read in the order {declared}. Nothing proves it: {why}. If it is wrong, mIoU is near 0."
     if best != declared:
         raise ValueError(f"--data {data}: expected labels in the order {declared}, found them in the order {best}: {seen}, "
-                         f"read as {best} {agreement[best]:.0%}. Use --data {name_of[best]}. What was trained saw no label and "
-                         f"stays right: rename its folder {data} to {name_of[best]}.")
+                         f"read as {best} {agreement[best]:.0%}. Use --data {name_of[best]}. What was trained saw no label "
+                         f"and stays right: rename its folder {data} to {name_of[best]}.")
     return f"Labels of {data}: read in the order {declared}, rightly: {seen}."
 
 
 def context_orders() -> dict[str, str]:
-    """For evaluation alone: the orders in which PASCAL Context's labels circulate → the name of the dataset that reads it."""
+    """For evaluation alone: each order in which PASCAL Context's labels circulate → the dataset's name that declares it."""
     return {order: name for name, dataset in DATASETS.items() if dataset.classes == "context" for order in dataset.labels}
 
 
 def context_agreement(base: Path, labels: dict[str, Path], most: int = 50) -> tuple[dict[str, float], int]:
     """For evaluation alone: the share of pixels to which Context and VOC give the same class, for each order of Context's.
 
-    Where VOC's own labels of the same images lie beside (in VOC2010 or VOC2012), up to `most` of them are compared, on the 20
-    classes that both have but the airplane, whose value is 1 in both orders. Returns shares and the number of pixels.
+    Where VOC's own labels of the same images lie beside (in VOC2010 or VOC2012), up to `most` of them are compared, on the
+    classes that both have without the airplane, whose value is 1 in both orders. Returns shares and the number of pixels.
     """
     beside = [base / "SegmentationClass", base.parent / "VOC2012" / "SegmentationClass"]
     pairs = ((path, folder / f"{name}.png") for name, path in labels.items() for folder in beside

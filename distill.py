@@ -1,7 +1,7 @@
 """Stage 2 of ReCLIP++ (Sec. III-E): teach the rectified CLIP to a segmentation network, DeepLab V2.
 
     python distill.py                          continues from the newest rectification
-    python distill.py --data voc               the rectification of that dataset
+    python distill.py --data voc               the rectification of that dataset; so context, ade, cityscapes, coco
 
 The teacher is stage 1, frozen: its masks and its features. The student is a dilated ResNet with DeepLab V2's head,
 whose output replaces CLIP's features; what comes behind (query head, bias logit map, decoder) it inherits from the
@@ -77,9 +77,9 @@ RECIPES = {
     "voc": Recipe(),
     "ade": Recipe(epochs=150),              # [code]
     "coco": Recipe(epochs=50),              # [code]
-    "context": Recipe(),                    # [ours: no number is published for these two: VOC's]
+    "context": Recipe(),                    # [ours: no number is at hand for these: VOC's]
     "context-voc-first": Recipe(),
-    "cityscapes": Recipe(),                 # [ours, as above]
+    "cityscapes": Recipe(),
     "folder": Recipe(),                     # [ours: VOC's]
     # [ours] A student and pictures for two cores. With the rate of VOC it learns less: after two epochs 30 mIoU with 0.01,
     # 35 with 0.004, 43 with 0.0015, 40 with 0.0006 (one trial with an earlier ResNet; seed 0, python distill.py --epochs 2).

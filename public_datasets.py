@@ -51,8 +51,8 @@ DATASETS = {
         archive="VOCtrainval_11-May-2012.tar", page="http://host.robots.ox.ac.uk/pascal/VOC/voc2012",
         counts={"train": 1464, "val": 1449}, splits={"train": "train", "val": "val"},
         images="JPEGImages/{id}.jpg", lists=VOC_LISTS, labels={"indices": "SegmentationClass/{id}.png"}),
-    # The same images; PNG labels circulate in two orders of classes, under the same file names. No default is safe: whoever
-    # reads one as the other measures an mIoU near 0. So the order is part of the name, and `label_order` in data.py checks.
+    # The same images; PNG labels circulate in two orders of classes, under the same file names. Whoever reads one as the
+    # other measures an mIoU near 0: so the order is part of the name, and `how_labels_are_read` in data.py checks it.
     "context": Dataset(labels={"alphabetical": CONTEXT_LABELS}, **CONTEXT),
     "context-voc-first": Dataset(labels={"voc-first": CONTEXT_LABELS}, **CONTEXT),
     "ade": Dataset(
@@ -72,8 +72,8 @@ DATASETS = {
     "coco": Dataset(
         title="COCO-Stuff 164k, 27 classes", places=("coco_stuff164k", "cocostuff", "coco", ""),
         tree="coco_stuff164k/{images,annotations}/{train2017,val2017}",
-        archive="train2017.zip and val2017.zip of https://cocodataset.org into images/, stuffthingmaps_trainval2017.zip into "
-                "annotations/", page="https://github.com/nightrome/cocostuff",
+        archive="train2017.zip and val2017.zip of https://cocodataset.org into images/, and into annotations/ "
+                "stuffthingmaps_trainval2017.zip", page="https://github.com/nightrome/cocostuff",
         counts={"train": 118_287, "val": 5_000}, splits={"train": "train2017", "val": "val2017"},
         images="images/{split}/{id}.jpg", labels={"indices": "annotations/{split}/{id}.png"},
         curated="curated/{split}/*.txt", curated_counts={"train": 49_629, "val": 2_175}),
@@ -108,7 +108,7 @@ def label_values(name: str, encoding: str) -> tuple[dict[int, int], list[int]]:
 def how_to_get(name: str) -> str:
     dataset = DATASETS[name]
     fetch = "Add --download to fetch it (1.9 GB), or unpack" if name == "voc" else "It cannot be fetched here: unpack"
-    return f"{fetch} {dataset.archive}, see {dataset.page}, or point --root at your copy."
+    return f"{fetch} {dataset.archive} ({dataset.page}), or point --root at your copy."
 
 
 def find(name: str, root: str) -> Path:
@@ -174,7 +174,8 @@ def listed(path: Path, base: Path, pattern: str, tree: str) -> dict[str, Path]:
     missing = [image for image in found.values() if not image.is_file()]
     if missing:
         raise FileNotFoundError(f"{path} names {len(ids)} images: expected all of them in {missing[0].parent}, found "
-                                f"{len(missing)} missing; the first is {missing[0]}. Unpack the archive again or mend the list.")
+                                f"{len(missing)} missing; the first is {missing[0]}. Unpack the archive again or mend the "
+                                "list.")
     return found
 
 

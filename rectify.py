@@ -1,7 +1,7 @@
 """Stage 1 of ReCLIP++ (Sec. III-B to III-D): learn CLIP's bias without a label, subtract it, decode rectified masks.
 
     python rectify.py                          Toyland: offline, two minutes on a laptop
-    python rectify.py --data voc               PASCAL VOC 2012 under ./data, on a GPU; likewise context, ade, cityscapes, coco
+    python rectify.py --data voc               PASCAL VOC 2012 under ./data, on a GPU; so context, ade, cityscapes, coco
     python rectify.py --data photos --classes names.txt      your own images and words
 
 Reads images, class names and a frozen CLIP. Trains three things: 73 prompt vectors (which classes CLIP prefers), a
