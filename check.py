@@ -88,13 +88,13 @@ def wrong_counts(name: str, root: str, images: dict, labels: dict) -> list[str]:
             expected = (dataset.curated_counts if dataset.curated and used else dataset.counts)[split]
             if len(images[split]) != expected:
                 problems.append(f"{split}: expected {expected} images{f' in {used}' if used else ''}, found "
-                                f"{len(images[split])}. Unpack again: {dataset.archive}. (A part on purpose can be trained on "
-                                "and measured, but its numbers stand beside nobody's.)")
+                                f"{len(images[split])}. Unpack again: {dataset.archive}. (A part on purpose can be trained "
+                                "on and measured, but its numbers stand beside nobody's.)")
         without = [image for image in images[split] if image not in labels.get(split, {})]
         if split != "train" and labels.get(split) and without:
             problems.append(f"{split}: expected a label for each of {len(images[split])} images, found none for "
-                            f"{len(without)} ({some(without)}). Unpack the labels again, else evaluate.py measures the other "
-                            "images alone.")
+                            f"{len(without)} ({some(without)}). Unpack the labels again, else evaluate.py measures the "
+                            "other images alone.")
         if split != "train" and name in DATASETS and not labels[split]:
             pattern = " or ".join(DATASETS[name].labels.values()).replace("{split}", DATASETS[name].splits[split])
             problems.append(f"{split}: expected labels {pattern}, found none. Training needs none; evaluate.py does. "
@@ -208,8 +208,8 @@ def main(args: argparse.Namespace) -> list[str]:
     """Print what is there and what is wrong with it; return the latter, empty when all is well."""
     name, words = args.data, data.vocabulary(args.data, args.classes)
     images, labels, problems = splits_of(name, args.root, args.labels)
-    title = f"{DATASETS[name].title}, in {public_datasets.find(name, args.root)}" if name in DATASETS else f"{len(words)} classes"
-    print(f"{name}: {title}")
+    print(f"{name}: {len(words)} classes" + (f", {DATASETS[name].title}, in {public_datasets.find(name, args.root)}"
+                                             if name in DATASETS else ""))
     for split in images:
         note = "  (not opened: no training reads a label)" if split == "train" else ""
         print(f"{split:>9}{len(images[split]):9d} images{len(labels.get(split, {})):9d} labels{note}")

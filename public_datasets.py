@@ -35,7 +35,7 @@ class Dataset:
 
 VOC_LISTS = "ImageSets/Segmentation/{split}.txt"
 CONTEXT = dict(
-    title="PASCAL Context, 59 classes", places=("VOCdevkit/VOC2010", "VOC2010", ""), classes="context",
+    title="PASCAL Context", places=("VOCdevkit/VOC2010", "VOC2010", ""), classes="context",
     tree="VOCdevkit/VOC2010/{JPEGImages,SegmentationClassContext,ImageSets/SegmentationContext/{train,val}.txt}",
     archive="VOCtrainval_03-May-2010.tar (the images) and PNG labels of values 0 to 59 with their two lists, which "
             "mmsegmentation's converter makes from trainval_merged.json",
@@ -56,13 +56,13 @@ DATASETS = {
     "context": Dataset(labels={"alphabetical": CONTEXT_LABELS}, **CONTEXT),
     "context-voc-first": Dataset(labels={"voc-first": CONTEXT_LABELS}, **CONTEXT),
     "ade": Dataset(
-        title="ADE20K for scene parsing, 150 classes", places=("ADEChallengeData2016", "ade/ADEChallengeData2016", ""),
+        title="ADE20K for scene parsing", places=("ADEChallengeData2016", "ade/ADEChallengeData2016", ""),
         tree="ADEChallengeData2016/{images,annotations}/{training,validation}",
         archive="ADEChallengeData2016.zip", page="http://sceneparsing.csail.mit.edu",
         counts={"train": 20_210, "val": 2_000}, splits={"train": "training", "val": "validation"},
         images="images/{split}/{id}.jpg", labels={"indices": "annotations/{split}/{id}.png"}),
     "cityscapes": Dataset(
-        title="Cityscapes, fine labels, 19 classes", places=("cityscapes", ""),
+        title="Cityscapes, fine labels", places=("cityscapes", ""),
         tree="cityscapes/{leftImg8bit,gtFine}/{train,val}/<city>",
         archive="leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip", page="https://www.cityscapes-dataset.com",
         counts={"train": 2_975, "val": 500}, splits={"train": "train", "val": "val"},
@@ -70,7 +70,7 @@ DATASETS = {
         labels={"labelTrainIds": "gtFine/{split}/{id}_gtFine_labelTrainIds.png",       # made by cityscapesScripts
                 "labelIds": "gtFine/{split}/{id}_gtFine_labelIds.png"}),               # in every download
     "coco": Dataset(
-        title="COCO-Stuff 164k, 27 classes", places=("coco_stuff164k", "cocostuff", "coco", ""),
+        title="COCO-Stuff 164k", places=("coco_stuff164k", "cocostuff", "coco", ""),
         tree="coco_stuff164k/{images,annotations}/{train2017,val2017}",
         archive="train2017.zip and val2017.zip of https://cocodataset.org into images/, and into annotations/ "
                 "stuffthingmaps_trainval2017.zip", page="https://github.com/nightrome/cocostuff",
