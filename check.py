@@ -189,7 +189,7 @@ def print_both_orders(name: str, counts: np.ndarray, most: int = 8) -> None:
     names, pixels = data.KNOWN[name][0], counts.sum(axis=0)
     values = {number: value for order in DATASETS[name].labels
               for value, number in public_datasets.label_values(name, order)[0].items()}
-    print("\nThe commonest classes in either order. Photographs show more sky and grass than computers and cups:")
+    print("\nThe commonest classes in either order. Photographs show more sky and grass than mice and cups:")
     for order, reader in data.context_orders().items():
         class_of, _ = public_datasets.label_values(reader, order)
         read = sorted(((pixels[number], names[class_of[value]]) for number, value in values.items()), reverse=True)[:most]

@@ -167,10 +167,12 @@ def write_public_tree(name: str, root: Path, values: list[int] | None = None) ->
     train, val, usual = TREES[name]
     top, folders, photos, labels = {
         "context": ("VOCdevkit/VOC2010", ("train", "val"), "JPEGImages/{id}.jpg", "SegmentationClassContext/{id}.png"),
-        "ade": ("ADEChallengeData2016", ("training", "validation"), "images/{split}/{id}.jpg", "annotations/{split}/{id}.png"),
+        "ade": ("ADEChallengeData2016", ("training", "validation"), "images/{split}/{id}.jpg",
+                "annotations/{split}/{id}.png"),
         "cityscapes": ("cityscapes", ("train", "val"), "leftImg8bit/{split}/{id}_leftImg8bit.png",
                        "gtFine/{split}/{id}_gtFine_labelIds.png"),
-        "coco": ("coco_stuff164k", ("train2017", "val2017"), "images/{split}/{id}.jpg", "annotations/{split}/{id}.png")}[name]
+        "coco": ("coco_stuff164k", ("train2017", "val2017"), "images/{split}/{id}.jpg",
+                 "annotations/{split}/{id}.png")}[name]
     base = root / top
     for split, folder, ids in (("train", folders[0], train), ("val", folders[1], val)):
         write_photos(base, *(photos.format(split=folder, id=image) for image in ids))
