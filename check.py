@@ -131,8 +131,8 @@ def other_class_order(name: str, root: str) -> list[str]:
     path = public_datasets.find(name, root) / "objectInfo150.txt" if name == "ade" else None
     if path is None or not path.is_file():
         return []
-    rows = [line.split("\t") for line in path.read_text().splitlines()[1:] if line.strip()]
-    official = {int(row[0]): [part.strip() for part in row[-1].split(",")] for row in rows}
+    rows = [line.split("\t") for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+    official = {int(row[0]): [part.strip() for part in row[-1].split(",")] for row in rows if row[0].strip().isdecimal()}
     for number, ours in enumerate(data.KNOWN["ade"][0], start=1):
         if ours not in official.get(number, []):
             found = ", ".join(official.get(number, ["no such line"]))

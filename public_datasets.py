@@ -33,7 +33,6 @@ class Dataset:
     classes: str = ""                   # key in classes.json, where it is not the dataset's name
 
 
-VOC_LISTS = "ImageSets/Segmentation/{split}.txt"
 CONTEXT = dict(
     title="PASCAL Context", places=("VOCdevkit/VOC2010", "VOC2010", ""), classes="context",
     tree="VOCdevkit/VOC2010/{JPEGImages,SegmentationClassContext,ImageSets/SegmentationContext/{train,val}.txt}",
@@ -50,7 +49,8 @@ DATASETS = {
         tree="VOCdevkit/VOC2012/{JPEGImages,SegmentationClass,ImageSets/Segmentation/{train,val}.txt}",
         archive="VOCtrainval_11-May-2012.tar", page="http://host.robots.ox.ac.uk/pascal/VOC/voc2012",
         counts={"train": 1464, "val": 1449}, splits={"train": "train", "val": "val"},
-        images="JPEGImages/{id}.jpg", lists=VOC_LISTS, labels={"indices": "SegmentationClass/{id}.png"}),
+        images="JPEGImages/{id}.jpg", lists="ImageSets/Segmentation/{split}.txt",
+        labels={"indices": "SegmentationClass/{id}.png"}),
     # The same images; PNG labels circulate in two orders of classes, under the same file names. Whoever reads one as the
     # other measures an mIoU near 0: so the order is part of the name, and `how_labels_are_read` in data.py checks it.
     "context": Dataset(labels={"alphabetical": CONTEXT_LABELS}, **CONTEXT),
@@ -167,7 +167,8 @@ def listed(path: Path, base: Path, pattern: str, tree: str) -> dict[str, Path]:
     """The images that the list `path` names, one id a line. Raises naming the first that is missing."""
     if not path.is_file():
         raise FileNotFoundError(f"expected the list {path}, found none. The tree should be {tree}.")
-    ids = sorted({line.split()[0] for line in path.read_text().splitlines() if line.strip()})
+    lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()     # what is no text names no image
+    ids = sorted({line.split()[0] for line in lines if line.strip()})
     if not ids:
         raise ValueError(f"{path}: expected image ids, one a line; found an empty list.")
     found = {name: base / pattern.replace("{id}", name) for name in ids}

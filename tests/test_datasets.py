@@ -456,6 +456,8 @@ DEFECTS = {
     "other classes": (lambda base: (base / "objectInfo150.txt").write_text(
         "Idx\tRatio\tTrain\tVal\tName\n1\t0\t0\t0\twall\n2\t0\t0\t0\tsky\n3\t0\t0\t0\tbuilding, edifice\n"),
         ["objectInfo150.txt: expected class 2 to be building, found sky"]),
+    "no class list": (lambda base: (base / "objectInfo150.txt").write_bytes(b"\xff\xfe\x00PK"),
+                      ["objectInfo150.txt: expected class 1 to be wall, found no such line"]),
 }
 
 
@@ -486,10 +488,13 @@ def test_lists_that_are_wrong_are_to_mend(tmp_path, capsys, small):
     path = base / "ImageSets/SegmentationContext/train.txt"
     good = path.read_text()
     for spoil, part in ((lambda: path.unlink(), "train.txt, found none"), (lambda: path.write_text("\n"), "an empty list"),
-                        (lambda: path.write_text(good + "2012_000001\n"), "2012_000001.jpg")):
+                        (lambda: path.write_text(good + "2012_000001\n"), "2012_000001.jpg"),
+                        (lambda: path.write_bytes(b"\xff\xd8\xff\xe0JFIF"), "train.txt names 1 images")):
         spoil()
         problems, said = checked(capsys, "--data", "context", "--root", tmp_path)
         assert len(problems) == 1 and problems[0].startswith("train: ") and part in problems[0] and "2 labels" in said
+    path.write_bytes(b"\xef\xbb\xbf" + good.encode())                  # a byte order mark is no part of the first id
+    assert checked(capsys, "--data", "context", "--root", tmp_path)[0] == []
 
 
 def test_context_in_the_other_order_is_to_mend(tmp_path, capsys, small):
