@@ -3,7 +3,8 @@
 Training and evaluation are kept apart on purpose. `TrainingImages` yields images and ids and has no way to a label:
 no label path is ever handed to it. `LabelledImages` is another class, for evaluation alone.
 
-A dataset is known by name (`toyland`, `voc`) or is a folder of your own images with a file of class names.
+A dataset is known by name (`toyland`, or one of public_datasets.py) or is a folder of your own images with a file of class
+names. This file holds what is the same for all of them.
 
     B images · C classes · H,W pixels
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import signal
 import unicodedata
 from dataclasses import dataclass
@@ -24,7 +26,9 @@ from torch import Tensor
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+import public_datasets
 import toyland
+from public_datasets import DATASETS
 from runs import seed_of
 
 IGNORE = 255                                            # a pixel that no measure counts
@@ -34,13 +38,10 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".p
 
 # ------------------------------------------------------------------------------------------ classes
 
-VOC_CLASSES = [
-    "airplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dining table", "dog", "horse",
-    "motorbike", "person", "potted plant", "sheep", "sofa", "train", "tv monitor"]
-VOC_PALETTE = [
-    (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128), (128, 0, 128), (0, 128, 128), (128, 128, 128), (64, 0, 0),
-    (192, 0, 0), (64, 128, 0), (192, 128, 0), (64, 0, 128), (192, 0, 128), (64, 128, 128), (192, 128, 128), (0, 64, 0),
-    (128, 64, 0), (0, 192, 0), (128, 192, 0), (0, 64, 128)]
+# Of every dataset known by name: its classes as the prompts say them, and their colours.
+KNOWN = {"toyland": (toyland.CLASSES, toyland.PALETTE),
+         **{name: public_datasets.names_and_colours(name) for name in DATASETS}}
+VOC_CLASSES, VOC_PALETTE = KNOWN["voc"]
 
 # The 85 sentences that MaskCLIP and ReCLIP average for a class's query (OpenAI's 80 for ImageNet and five more).
 QUERY_TEMPLATES = """
@@ -87,8 +88,8 @@ def vocabulary(data: str, classes_file: str | None = None) -> Vocabulary:
         return vocabulary_of(data, read_classes(Path(classes_file)))
     if data in KNOWN:
         return vocabulary_of(data, tuple((name,) for name in KNOWN[data][0]))
-    raise ValueError(f"--data {data}: expected toyland, voc, or a folder of your own images together with --classes FILE, a "
-                     "text file with one class name a line (synonyms after commas); found no --classes.")
+    raise ValueError(f"--data {data}: expected {', '.join(KNOWN)}, or a folder of your own images together with --classes "
+                     "FILE, a text file with one class name a line (synonyms after commas); found no --classes.")
 
 
 def vocabulary_of(data: str, synonyms: tuple[tuple[str, ...], ...]) -> Vocabulary:
@@ -97,9 +98,6 @@ def vocabulary_of(data: str, synonyms: tuple[tuple[str, ...], ...]) -> Vocabular
     if [first for first, *_ in synonyms] != list(names):
         palette = distinct_colours(len(synonyms))
     return Vocabulary(synonyms, tuple(palette), tuple(toyland.TEMPLATES if data == "toyland" else QUERY_TEMPLATES))
-
-
-KNOWN = {"toyland": (toyland.CLASSES, toyland.PALETTE), "voc": (VOC_CLASSES, VOC_PALETTE)}
 
 
 def read_classes(path: Path) -> tuple[tuple[str, ...], ...]:
@@ -180,9 +178,8 @@ def training_images(data: str, root: str) -> dict[str, Path]:
     if data == "toyland":
         folder = toyland.draw_dataset(Path(root)) / "images" / "train"
         return {f"train/{path.stem}": path for path in sorted(folder.glob("*.png"))}
-    if data == "voc":
-        base = find_voc(root)
-        return listed(base, "train.txt", base / "JPEGImages", ".jpg")
+    if data in DATASETS:
+        return public_datasets.image_files(data, root, "train")
     return images_in(Path(data))
 
 
@@ -191,21 +188,23 @@ def validation_images(data: str, root: str) -> dict[str, Path]:
     if data == "toyland":
         folder = toyland.draw_dataset(Path(root)) / "images" / "val"
         return {f"val/{path.stem}": path for path in sorted(folder.glob("*.png"))}
-    if data == "voc":
-        base = find_voc(root)
-        return listed(base, "val.txt", base / "JPEGImages", ".jpg")
+    if data in DATASETS:
+        return public_datasets.image_files(data, root, "val")
     return images_in(Path(data))
 
 
 def true_label_files(data: str, root: str, ids: list[str], labels: str | None = None) -> dict[str, Path]:
     """For evaluation alone: id → label file of those validation images that have one. May be empty.
 
-    `labels` is the folder of index pictures that belongs to a user's own images (same stems, .png).
+    `labels` is the folder of index pictures that belongs to a user's own images (same stems, .png). Where a public dataset's
+    labels could be read in two ways, prints which is taken; raises ValueError when that is seen to be the wrong one.
     """
     if data == "toyland":
         found = {name: Path(root) / "toyland" / "labels" / f"{name}.png" for name in ids}
-    elif data == "voc":
-        found = {name: find_voc(root) / "SegmentationClass" / f"{name}.png" for name in ids}
+    elif data in DATASETS:
+        found = public_datasets.label_files(data, root, "val", ids)
+        if found and (said := how_labels_are_read(data, root, found)):
+            print(said)
     elif labels is not None:
         if not Path(labels).is_dir():
             raise FileNotFoundError(f"--labels {labels}: expected a folder of index pictures, found none.")
@@ -218,15 +217,23 @@ def true_label_files(data: str, root: str, ids: list[str], labels: str | None = 
     return {name: path for name, path in found.items() if path.exists()}
 
 
-def lookup_table(data: str, classes: int) -> np.ndarray:
-    """For evaluation alone: value in a label file → class, (256,) int16. 255: ignored; −1: may not occur."""
+def lookup_table(data: str, classes: int) -> np.ndarray | dict[str, np.ndarray]:
+    """For evaluation alone: value in a label file → class, (256,) int16. 255: ignored; −1: may not occur.
+
+    Of a dataset whose label files come in several encodings (Cityscapes): one such table for each end of a file's name.
+    """
+    if data not in DATASETS:
+        return table_of(dict(enumerate(range(classes))), ignored=[])
+    tables = {end: table_of(*public_datasets.label_values(data, encoding))
+              for end, encoding in public_datasets.endings(data).items()}
+    return tables if len(tables) > 1 else next(iter(tables.values()))
+
+
+def table_of(class_of: dict[int, int], ignored: list[int]) -> np.ndarray:
+    """Value → class as a table, (256,) int16, with −1 for what is neither a class nor ignored."""
     table = np.full(256, -1, dtype=np.int16)
-    if data == "voc":                                   # 0 background and 255 border are ignored, 1..20 → 0..19
-        table[1:21] = np.arange(20)
-        table[0] = IGNORE
-    else:
-        table[:classes] = np.arange(classes)
-    table[IGNORE] = IGNORE
+    table[list(class_of)] = list(class_of.values())
+    table[[*ignored, IGNORE]] = IGNORE
     return table
 
 
@@ -247,39 +254,59 @@ def refuse_other_classes(data: str, names: list[str]) -> None:
                          "(segment.py), not measured.")
 
 
-VOC_TREE = "VOCdevkit/VOC2012/{JPEGImages,SegmentationClass,ImageSets/Segmentation/{train,val}.txt}"
+def how_labels_are_read(data: str, root: str, labels: dict[str, Path]) -> str:
+    """For evaluation alone: where a dataset's labels could be read in two ways, which is taken and why; else "".
+
+    Raises ValueError when PASCAL Context's labels are seen to be in the other order than the dataset's name says.
+    """
+    ends = public_datasets.endings(data)
+    if len(ends) > 1:
+        taken = {end: sum(path.name.endswith(end) for path in labels.values()) for end in ends}
+        return f"Labels of {data}: " + ", ".join(f"{count} *{end}" for end, count in taken.items() if count)
+    if DATASETS[data].classes != "context":
+        return ""
+    [declared], name_of = DATASETS[data].labels, context_orders()
+    agreement, pixels = context_agreement(public_datasets.find(data, root), labels)
+    best = max(agreement, key=agreement.get)
+    seen = f"of {pixels} pixels that PASCAL VOC's labels name too, {agreement[declared]:.0%} have the same class"
+    if agreement[best] < 0.5:
+        why = seen if pixels else "no labels of PASCAL VOC for these images lie beside them"
+        return f"Labels of {data}: read in the order {declared}. Nothing proves it: {why}. If it is wrong, mIoU is near 0."
+    if best != declared:
+        raise ValueError(f"--data {data}: expected labels in the order {declared}, found them in the order {best}: {seen}, "
+                         f"read as {best} {agreement[best]:.0%}. Use --data {name_of[best]}. What was trained saw no label "
+                         f"and stays right: rename its folder {data} to {name_of[best]}.")
+    return f"Labels of {data}: read in the order {declared}, rightly: {seen}."
 
 
-def find_voc(root: str) -> Path:
-    """The folder VOC2012 under `root`, which may also be VOCdevkit or VOC2012 itself. Raises FileNotFoundError."""
-    tried = [Path(root, "VOCdevkit", "VOC2012"), Path(root, "VOC2012"), Path(root)]
-    for base in tried:
-        if (base / "JPEGImages").is_dir():
-            return base
-    raise FileNotFoundError(
-        f"--data voc: expected {VOC_TREE} under {root}; found no JPEGImages in {', '.join(map(str, tried))}. "
-        f"Add --download to fetch it (1.9 GB), or unpack "
-        "VOCtrainval_11-May-2012.tar of the PASCAL VOC 2012 project page there, or point --root at your copy.")
+def context_orders() -> dict[str, str]:
+    """For evaluation alone: each order in which PASCAL Context's labels circulate → the dataset's name that declares it."""
+    return {order: name for name, dataset in DATASETS.items() if dataset.classes == "context" for order in dataset.labels}
 
 
-def listed(base: Path, list_name: str, folder: Path, suffix: str) -> dict[str, Path]:
-    """The images named in ImageSets/Segmentation/<list_name>. Raises naming the first that is missing."""
-    path = base / "ImageSets" / "Segmentation" / list_name
-    if not path.is_file():
-        raise FileNotFoundError(f"expected the list {path}, found none. The tree should be {VOC_TREE}.")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected a text file with image ids, found other bytes ({error.reason}).") from error
-    ids = sorted({line.split()[0] for line in lines if line.strip()})
-    if not ids:
-        raise ValueError(f"{path}: expected image ids, one a line; found an empty list.")
-    found = {name: folder / (name + suffix) for name in ids}
-    missing = [path for path in found.values() if not path.is_file()]
-    if missing:
-        raise FileNotFoundError(f"{path} names {len(ids)} images: expected all of them in {folder}, found {len(missing)} "
-                                f"missing; the first is {missing[0]}. Unpack the archive again or mend the list.")
-    return found
+def context_agreement(base: Path, labels: dict[str, Path], most: int = 50) -> tuple[dict[str, float], int]:
+    """For evaluation alone: the share of pixels to which Context and VOC give the same class, for each order of Context's.
+
+    Where VOC's own labels of the same images lie beside (in VOC2010 or VOC2012), up to `most` of them are compared, on the
+    classes that both have without the airplane, whose value is 1 in both orders. Returns shares and the number of pixels.
+    """
+    beside = [base / "SegmentationClass", base.parent / "VOC2012" / "SegmentationClass"]
+    pairs = ((path, folder / f"{name}.png") for name, path in labels.items() for folder in beside
+             if (folder / f"{name}.png").exists())
+    names = KNOWN["context"][0]
+    class_of = {value: names.index("table" if name == "dining table" else name)
+                for value, name in enumerate(VOC_CLASSES[1:], start=2)}
+    voc = table_of(class_of, ignored=[0, 1])
+    tables = {order: lookup_table(name, len(names)) for order, name in context_orders().items()}
+    agree, pixels = dict.fromkeys(tables, 0), 0
+    for context_path, voc_path in itertools.islice(pairs, most):
+        values, expected = label_picture(context_path), voc[label_picture(voc_path)]
+        if values.shape == expected.shape:
+            both = (expected != IGNORE) & (tables["alphabetical"][values] != IGNORE)
+            pixels += int(both.sum())
+            for order, table in tables.items():
+                agree[order] += int((table[values] == expected)[both].sum())
+    return {order: count / max(1, pixels) for order, count in agree.items()}, pixels
 
 
 def images_in(folder: Path) -> dict[str, Path]:
@@ -302,7 +329,8 @@ def images_in(folder: Path) -> dict[str, Path]:
 
 def refuse_missing_folder(folder: Path) -> None:
     if not folder.is_dir():
-        raise FileNotFoundError(f"--data {folder}: expected toyland, voc, or a folder of images; found no folder of that name.")
+        raise FileNotFoundError(f"--data {folder}: expected toyland, voc, or a folder of images (also known: "
+                                f"{', '.join(list(DATASETS)[1:])}); found no folder of that name.")
 
 
 def refuse_labels_among(images: dict[str, Path], folder: Path) -> None:
@@ -361,19 +389,32 @@ def read_image(path: Path) -> Image.Image:
                          "truncated: fetch it again, take it out of the list, or add --skip-broken.") from error
 
 
-def read_label(path: Path, table: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """For evaluation alone: a label file → classes (H, W) int64 by the look-up table.
-
-    Raises ValueError, naming file and values, when a value is not in the table or the size (H, W) is not the image's.
-    """
+def label_picture(path: Path) -> np.ndarray:
+    """For evaluation alone: the values of a label file, (H, W) uint8. Raises ValueError naming one that cannot be used."""
     try:
         with Image.open(path) as image:
             if image.mode not in ("P", "L", "1"):
                 raise ValueError(f"expected an index picture (mode P or L), found mode {image.mode}")
-            values = np.asarray(image, dtype=np.uint8)
+            return np.asarray(image, dtype=np.uint8)
     except Exception as error:
         raise ValueError(f"{path}: expected a label, found a file that cannot be used as one ({error}). Mend or replace "
                          "it.") from error
+
+
+def table_for(path: Path, table: np.ndarray | dict[str, np.ndarray]) -> np.ndarray:
+    """For evaluation alone: the table of one label file; among several the end of the file's name decides."""
+    if not isinstance(table, dict):
+        return table
+    return next(one for end, one in table.items() if path.name.endswith(end))
+
+
+def read_label(path: Path, table: np.ndarray | dict[str, np.ndarray], size: tuple[int, int]) -> np.ndarray:
+    """For evaluation alone: a label file → classes (H, W) int64 by the look-up table (see `lookup_table`).
+
+    Raises ValueError, naming file and values, when a value is not in the table or the size (H, W) is not the image's.
+    """
+    table = table_for(path, table)
+    values = label_picture(path)
     if values.shape != size:
         raise ValueError(f"{path}: expected a label of {size[0]}×{size[1]} pixels, as its image; found {values.shape[0]}×"
                          f"{values.shape[1]}.")
@@ -530,17 +571,22 @@ class LabelledImages(torch.utils.data.Dataset):
 # ------------------------------------------------------------------------------------------ a download
 
 def download(data: str, root: str) -> None:
-    """Fetch PASCAL VOC 2012 under `root` unless it is there. Raises ValueError for others, OSError when it fails."""
-    if data != "voc":
+    """Fetch PASCAL VOC 2012 under `root` unless it is there. Raises ValueError for the others, OSError when it fails.
+
+    The other public datasets ask for a registration or lie on slow mirrors: the error says what to unpack where.
+    """
+    if data not in DATASETS:
         raise ValueError(f"--download: expected --data voc, the one dataset that can be fetched here; found {data}.")
     try:
-        find_voc(root)
+        public_datasets.find(data, root)
         return
-    except FileNotFoundError:
-        pass
+    except FileNotFoundError as missing:
+        if data != "voc":
+            raise ValueError(f"--download: expected --data voc, the one dataset that can be fetched here; found {data}. "
+                             f"{missing}") from None
     from torchvision.datasets import VOCSegmentation
     try:
         VOCSegmentation(root, year="2012", image_set="train", download=True)
     except RuntimeError as error:
-        raise OSError(f"PASCAL VOC 2012 could not be fetched ({error}). Try again, or unpack VOCtrainval_11-May-2012.tar "
+        raise OSError(f"PASCAL VOC 2012 could not be fetched ({error}). Try again, or unpack {DATASETS['voc'].archive} "
                       f"under {root} yourself.") from error

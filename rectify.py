@@ -1,7 +1,7 @@
 """Stage 1 of ReCLIP++ (Sec. III-B to III-D): learn CLIP's bias without a label, subtract it, decode rectified masks.
 
     python rectify.py                          Toyland: offline, two minutes on a laptop
-    python rectify.py --data voc               PASCAL VOC 2012 under ./data, on a GPU
+    python rectify.py --data voc               PASCAL VOC 2012 under ./data, on a GPU; so context, ade, cityscapes, coco
     python rectify.py --data photos --classes names.txt      your own images and words
 
 Reads images, class names and a frozen CLIP. Trains three things: 73 prompt vectors (which classes CLIP prefers), a
@@ -74,6 +74,12 @@ class Recipe:
 
 RECIPES = {
     "voc": Recipe(),
+    # [paper] t; [code] horizon, epochs, short side and crop, and for Cityscapes batch and rate. All else as for VOC.
+    "context": Recipe(vote_threshold=0.0, short_side=448, crop=(480, 480), horizon=400, epochs=50),
+    "ade": Recipe(vote_threshold=0.0, short_side=512, crop=(512, 512), horizon=600, epochs=100),
+    "cityscapes": Recipe(vote_threshold=0.07, short_side=448, crop=(512, 512), batch_size=16, learning_rate=0.16,
+                         horizon=300, epochs=50),
+    "coco": Recipe(vote_threshold=0.0, short_side=512, crop=(512, 512), horizon=800, epochs=100),
     # [ours] Images of unknown kind: VOC's numbers, but any class that wins one window may be there.
     "folder": Recipe(vote_threshold=0.0),
     # [ours] Toyland's scenes at 1.5 times their size, larger windows and batches, to fit two cores. The scales of masks
@@ -84,6 +90,7 @@ RECIPES = {
                       short_side=144, crop=(144, 192), scale=(1.0, 1.0), distort=False, batch_size=8, learning_rate=0.1,
                       horizon=8, epochs=8),
 }
+RECIPES["context-voc-first"] = RECIPES["context"]           # the same images; only the label files number classes otherwise
 
 # ------------------------------------------------------------------------------------------ what CLIP says
 
@@ -321,7 +328,7 @@ def rectified_logits(rectifier: Rectifier, features: Tensor, query: Tensor, bias
 @dataclass
 class World:
     """What a run works on: images, words and the frozen CLIP. Made by `open_world`, shared by all scripts."""
-    name: str                               # toyland, voc, or a folder's path
+    name: str                               # toyland, that of a public dataset, or a folder's path
     root: str
     vocabulary: data.Vocabulary
     clip_name: str

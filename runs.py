@@ -27,6 +27,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from public_datasets import DATASETS
+
 # ------------------------------------------------------------------------------------------ flags
 
 
@@ -36,8 +38,8 @@ def common_flags(description: str, training: bool = True, seed: bool = True) -> 
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     what = parser.add_argument_group("what to work on")
     what.add_argument("--data", metavar="NAME|FOLDER", default=argparse.SUPPRESS,
-                      help="toyland, voc, or a folder of your own images (default: that of the newest run in --out "
-                           "that this stage can continue, else toyland)")
+                      help=f"toyland, {', '.join(DATASETS)}, or a folder of your own images, ./voc if it is named so "
+                           "(default: that of the newest run in --out that this stage can continue, else toyland)")
     what.add_argument("--root", metavar="DIR", default=argparse.SUPPRESS, help="where datasets lie (default: data)")
     what.add_argument("--download", action="store_true", help="fetch the dataset if it is missing (voc alone)")
     what.add_argument("--classes", metavar="FILE", default=argparse.SUPPRESS,
@@ -69,13 +71,13 @@ def common_flags(description: str, training: bool = True, seed: bool = True) -> 
 
 def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, found {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, found {text or 'nothing'}")
     return int(text)
 
 
 def not_negative(text: str) -> int:
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0 on, found {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 on, found {text or 'nothing'}")
     return int(text)
 
 
@@ -85,7 +87,7 @@ def share(text: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, found {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, found {text or 'nothing'}")
     return value
 
 
@@ -160,7 +162,7 @@ def stage_folder(out: str | Path, data: str, stage: str) -> Path:
 
 def is_folder(data: str) -> bool:
     """A dataset that is no known name is meant as a path."""
-    return data not in ("toyland", "voc")
+    return data != "toyland" and data not in DATASETS
 
 
 def newest(out: str | Path, stage: str) -> Path | None:

@@ -146,6 +146,46 @@ def write_voc_tree(root: Path, train=("2007_000032", "2007_000039", "2007_000063
     return root
 
 
+# Four training and two validation images of each public dataset: id, and the values that stand in the small labels.
+TREES = {
+    "context": (["2008_000002", "2008_000003", "2009_000010", "2010_000005"], ["2008_000009", "2010_000042"],
+                [0, 2, 7, 15, 23, 37, 59]),
+    "ade": ([f"ADE_train_{i:08d}" for i in (1, 2, 3, 10)], ["ADE_val_00000001", "ADE_val_00000020"], [0, 1, 2, 13, 45, 150]),
+    "cityscapes": (["aachen/aachen_000000_000019", "aachen/aachen_000001_000019", "bochum/bochum_000000_000313",
+                    "ulm/ulm_000000_000019"], ["frankfurt/frankfurt_000000_000294", "munster/munster_000000_000019"],
+                   [0, 3, 7, 8, 11, 23, 26, 33]),
+    "coco": (["000000000009", "000000000025", "000000000030", "000000000034"], ["000000000139", "000000000285"],
+             [0, 15, 77, 93, 156, 181, 255]),
+}
+
+
+def write_public_tree(name: str, root: Path, values: list[int] | None = None) -> Path:
+    """A public dataset's tree in small, under the folder and file names that its archive has. Returns where it begins.
+
+    Labels are blocks of 8 pixels of the given values; Cityscapes' are labelIds.
+    """
+    train, val, usual = TREES[name]
+    top, folders, photos, labels = {
+        "context": ("VOCdevkit/VOC2010", ("train", "val"), "JPEGImages/{id}.jpg", "SegmentationClassContext/{id}.png"),
+        "ade": ("ADEChallengeData2016", ("training", "validation"), "images/{split}/{id}.jpg",
+                "annotations/{split}/{id}.png"),
+        "cityscapes": ("cityscapes", ("train", "val"), "leftImg8bit/{split}/{id}_leftImg8bit.png",
+                       "gtFine/{split}/{id}_gtFine_labelIds.png"),
+        "coco": ("coco_stuff164k", ("train2017", "val2017"), "images/{split}/{id}.jpg",
+                 "annotations/{split}/{id}.png")}[name]
+    base = root / top
+    for split, folder, ids in (("train", folders[0], train), ("val", folders[1], val)):
+        write_photos(base, *(photos.format(split=folder, id=image) for image in ids))
+        for seed, image in enumerate(ids):
+            blocks = np.random.default_rng(seed).choice(values or usual, (5, 7))
+            write_label(base / labels.format(split=folder, id=image), blocks.repeat(8, axis=0).repeat(8, axis=1))
+        if name == "context":
+            path = base / f"ImageSets/SegmentationContext/{split}.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(f"{image}\n" for image in ids))
+    return base
+
+
 # ------------------------------------------------------------------------------------------ the scripts, in small
 
 def quick_recipes(monkeypatch, folder: Path) -> None:

@@ -1,0 +1,258 @@
+"""Look a dataset through before anything is trained on it: is all there, can it be read, do the labels fit?
+
+    python check.py --data ade --root DIR      decodes every image, and every label that evaluation would open
+    python check.py --data coco --quick        counts everything, decodes a sample
+    python check.py --data photos --classes names.txt --labels photo_labels
+
+Says what is wrong and how to mend it; changes no file. Exit code 0: all is well, 2: something must be mended.
+
+It opens labels, as evaluation does, and is therefore imported by no other script: what it finds can reach no training.
+Labels of training images are counted, not opened. Nothing in this project ever opens them.
+
+    H,W pixels
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from public_datasets import DATASETS
+
+
+def flags() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--data", metavar="NAME|FOLDER", default="toyland",
+                        help=f"toyland, {', '.join(DATASETS)}, or a folder of your own images")
+    parser.add_argument("--root", metavar="DIR", default="data", help="where datasets lie")
+    parser.add_argument("--classes", metavar="FILE", default=None,
+                        help="one class name a line, synonyms after commas; needed for a folder of your own")
+    parser.add_argument("--labels", metavar="DIR", default=None, help="index pictures of a folder of your own images")
+    parser.add_argument("--quick", action="store_true", help="decode 200 images of each split instead of all")
+    parser.add_argument("--seed", type=int, metavar="N", default=0, help="of the sample that --quick decodes")
+    parser.add_argument("--workers", type=int, metavar="N", default=4, help="threads that decode")
+    return parser
+
+
+if __name__ == "__main__":
+    FLAGS = flags().parse_args()            # before torch is imported: --help answers at once
+
+import random
+import shlex
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import data
+import public_datasets
+import runs
+
+SAMPLE = 200                                # images that --quick decodes of each split
+SHOWN = 5                                   # files that are named of many with a fault
+
+# ------------------------------------------------------------------------------------------ what is there
+
+
+def splits_of(name: str, root: str, labels: str | None) -> tuple[dict, dict, list[str]]:
+    """Images and labels of each split, both split → id → path, and what is wrong with lists and folders.
+
+    A folder of your own has one split, "all". Raises FileNotFoundError when the tree itself is not there.
+    """
+    if name not in DATASETS and runs.is_folder(name):
+        images = {"all": data.training_images(name, root)}
+        return images, {"all": data.true_label_files(name, root, list(images["all"]), labels)}, []
+    images, found, problems = {}, {}, []
+    if name in DATASETS:
+        public_datasets.find(name, root)
+    for split, list_images in (("train", data.training_images), ("val", data.validation_images)):
+        try:
+            images[split] = list_images(name, root)
+        except (ValueError, OSError) as error:
+            problems.append(f"{split}: {error}")
+            continue
+        if name in DATASETS:
+            found[split] = public_datasets.label_files(name, root, split, list(images[split]))
+        elif split == "val":
+            found[split] = data.true_label_files(name, root, list(images[split]))
+    return images, found, problems
+
+
+def wrong_counts(name: str, root: str, images: dict, labels: dict) -> list[str]:
+    """Splits with another number of images than the dataset is given out with, or that share an image; missing labels."""
+    problems = []
+    for split in images:
+        if name in DATASETS:
+            dataset, used = DATASETS[name], public_datasets.list_of(name, public_datasets.find(name, root), split)
+            expected = (dataset.curated_counts if dataset.curated and used else dataset.counts)[split]
+            if len(images[split]) != expected:
+                problems.append(f"{split}: expected {expected} images{f' in {used}' if used else ''}, found "
+                                f"{len(images[split])}. Unpack again: {dataset.archive}. (A part on purpose can be trained "
+                                "on and measured, but its numbers stand beside nobody's.)")
+        without = [image for image in images[split] if image not in labels.get(split, {})]
+        if split != "train" and labels.get(split) and without:
+            problems.append(f"{split}: expected a label for each of {len(images[split])} images, found none for "
+                            f"{len(without)} ({some(without)}). Unpack the labels again, else evaluate.py measures the "
+                            "other images alone.")
+        if split != "train" and name in DATASETS and not labels[split]:
+            pattern = " or ".join(DATASETS[name].labels.values()).replace("{split}", DATASETS[name].splits[split])
+            problems.append(f"{split}: expected labels {pattern}, found none. Training needs none; evaluate.py does. "
+                            f"Unpack: {DATASETS[name].archive}.")
+    if both := sorted(images.get("train", {}).keys() & images.get("val", {}).keys()):
+        problems.append(f"expected no image in both splits, found {len(both)} ({some(both)}). Mend the lists.")
+    return problems
+
+
+def labels_without_images(name: str, root: str, images: dict, labels_folder: str | None) -> list[str]:
+    """Label files to which no image belongs: half of an archive is missing, or files were renamed."""
+    if name in DATASETS:
+        dataset, base, problems = DATASETS[name], public_datasets.find(name, root), []
+        seen = {(pattern.replace("{split}", folder), dataset.images.replace("{split}", folder))
+                for folder in dataset.splits.values() for pattern in dataset.labels.values()}
+        pairs = [(base / pattern, public_datasets.fitting(base, pattern), public_datasets.fitting(base, of_images))
+                 for pattern, of_images in sorted(seen)]
+    elif labels_folder is not None:
+        problems = []
+        pairs = [(Path(labels_folder, "{id}.png"), public_datasets.fitting(Path(labels_folder), "{id}.png"), images["all"])]
+    else:
+        return []
+    for pattern, labels, known in pairs:
+        # A conversion that lies beside its source (<id>_labelTrainIds.png) belongs to an image too, and is passed over.
+        alone = [label for label in labels if label not in known and label.rpartition("_")[0] not in known]
+        if alone:
+            problems.append(f"{pattern}: expected an image for each label, found none for {len(alone)} ({some(alone)}). "
+                            "Unpack the images again, or remove these labels.")
+    return problems
+
+
+def other_class_order(name: str, root: str) -> list[str]:
+    """ADE20K comes with a list of its classes, with synonyms: are they ours, in our order?"""
+    path = public_datasets.find(name, root) / "objectInfo150.txt" if name == "ade" else None
+    if path is None or not path.is_file():
+        return []
+    rows = [line.split("\t") for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+    official = {int(row[0]): [part.strip() for part in row[-1].split(",")] for row in rows if row[0].strip().isdecimal()}
+    for number, ours in enumerate(data.KNOWN["ade"][0], start=1):
+        if ours not in official.get(number, []):
+            found = ", ".join(official.get(number, ["no such line"]))
+            return [f"{path}: expected class {number} to be {ours}, found {found}. This is not ADEChallengeData2016, or not "
+                    "its order of classes: unpack that archive."]
+    return []
+
+
+# ------------------------------------------------------------------------------------------ what is in the files
+
+
+def look_at(image: Path, label: Path | None, table) -> tuple[str | None, np.ndarray | None]:
+    """Decode an image and, where there is one, its label: what is wrong, and the pixels of each class, (256,) int64."""
+    try:
+        picture = data.read_image(image)
+        if label is None:
+            return None, None
+        classes = data.read_label(label, table, size=(picture.height, picture.width))
+    except (ValueError, OSError) as error:
+        return str(error), None
+    return None, np.bincount(classes.ravel(), minlength=256)
+
+
+def look_at_all(split: str, images: dict[str, Path], labels: dict[str, Path], table,
+                workers: int) -> tuple[list[str], np.ndarray]:
+    """All of a split, in threads (decoding leaves Python's lock): the faults, and (labels, 256) pixels of each class."""
+    faults, counts = [], [np.zeros((0, 256), dtype=np.int64)]
+    pool = ThreadPoolExecutor(max_workers=max(1, workers))
+    try:
+        looks = pool.map(lambda name: look_at(images[name], labels.get(name), table), images)
+        for fault, of_label in tqdm(looks, total=len(images), desc=split, unit="image"):
+            faults += [fault] if fault else []
+            counts += [of_label[None]] if of_label is not None else []
+    finally:
+        pool.shutdown(cancel_futures=True)          # Ctrl-C should not wait for a hundred thousand images
+    return faults, np.concatenate(counts)
+
+
+def print_classes(names: list[str], counts: np.ndarray) -> None:
+    """How much of the counted pixels each class has, and how many images show it; counts (labels, 256)."""
+    pixels, shown = counts.sum(axis=0), (counts > 0).sum(axis=0)
+    counted = max(1, pixels[:len(names)].sum())
+    print(f"\n{'class':24}{'pixels':>14}{'percent':>9}{'images':>8}")
+    for number, name in enumerate(names):
+        if pixels[number]:
+            print(f"{name:24}{pixels[number]:14d}{100 * pixels[number] / counted:9.2f}{shown[number]:8d}")
+    print(f"{'(ignored)':24}{pixels[data.IGNORE]:14d}{'':9}{shown[data.IGNORE]:8d}")
+    if never := [name for number, name in enumerate(names) if not pixels[number]]:
+        print(f"In none of these {len(counts)} labels: {', '.join(never)}")
+
+
+def print_both_orders(name: str, counts: np.ndarray, most: int = 8) -> None:
+    """PASCAL Context: the commonest classes, were the labels in this order and were they in the other."""
+    names, pixels = data.KNOWN[name][0], counts.sum(axis=0)
+    values = {number: value for order in DATASETS[name].labels
+              for value, number in public_datasets.label_values(name, order)[0].items()}
+    print("\nThe commonest classes in either order. Photographs show more sky and grass than mice and cups:")
+    for order, reader in data.context_orders().items():
+        class_of, _ = public_datasets.label_values(reader, order)
+        read = sorted(((pixels[number], names[class_of[value]]) for number, value in values.items()), reverse=True)[:most]
+        shares = ", ".join(f"{other} {100 * count / max(1, pixels[:len(names)].sum()):.0f} %" for count, other in read)
+        print(f"{order + (' (declared)' if reader == name else ''):24}{shares}")
+
+
+def some(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
+
+
+# ------------------------------------------------------------------------------------------ the run
+
+
+def main(args: argparse.Namespace) -> list[str]:
+    """Print what is there and what is wrong with it; return the latter, empty when all is well."""
+    name, words = args.data, data.vocabulary(args.data, args.classes)
+    images, labels, problems = splits_of(name, args.root, args.labels)
+    print(f"{name}: {len(words)} classes" + (f", {DATASETS[name].title}, in {public_datasets.find(name, args.root)}"
+                                             if name in DATASETS else ""))
+    for split in images:
+        note = "  (not opened: no training reads a label)" if split == "train" else ""
+        print(f"{split:>9}{len(images[split]):9d} images{len(labels.get(split, {})):9d} labels{note}")
+    problems += wrong_counts(name, args.root, images, labels)
+    problems += labels_without_images(name, args.root, images, args.labels)
+    problems += other_class_order(name, args.root)
+    labels.pop("train", None)
+    if not data.labels_fit(name, words.names):
+        print(f"Labels of {name} speak of its own classes, not of those in --classes: not opened.")
+        labels = {}
+    if name in DATASETS and labels.get("val"):
+        try:
+            if said := data.how_labels_are_read(name, args.root, labels["val"]):
+                print(said)
+        except ValueError as error:
+            problems.append(str(error))
+    for split, found in images.items():
+        if args.quick and len(found) > SAMPLE:
+            chosen = sorted(random.Random(args.seed).sample(list(found), SAMPLE))
+            found = {image: found[image] for image in chosen}
+        table = data.lookup_table(name, len(words)) if labels.get(split) else None
+        faults, counts = look_at_all(split, found, labels.get(split, {}), table, args.workers)
+        problems += faults[:SHOWN]
+        if len(faults) > SHOWN:
+            problems.append(f"{split}: {len(faults) - SHOWN} more files of {len(found)} have such faults.")
+        if len(counts):
+            print_classes(words.names, counts)
+            if not counts[:, :len(words)].any():
+                problems.append(f"{split}: expected labels that name a class, found ignored pixels alone.")
+            if name in DATASETS and DATASETS[name].classes == "context":
+                print_both_orders(name, counts)
+    if problems:
+        print(f"\n{len(problems)} to mend:")
+        for number, problem in enumerate(problems, start=1):
+            print(f"{number:3d}. {problem}")
+    else:
+        given = [("--root", args.root, "data"), ("--classes", args.classes, None)]
+        repeated = "".join(f" {flag} {shlex.quote(value)}" for flag, value, default in given if value != default)
+        print(f"\nAll is well{' in this sample' if args.quick else ''}. "
+              f"Next: python rectify.py --data {shlex.quote(name)}{repeated}")
+    return problems
+
+
+if __name__ == "__main__":
+    with runs.errors_in_one_paragraph():
+        raise SystemExit(2 if main(FLAGS) else 0)
