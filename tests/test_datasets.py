@@ -430,7 +430,7 @@ DEFECTS = {
     "image cut off": (lambda base: cut(base / IMAGE), ["ADE_val_00000020.jpg: expected an image"]),
     "training image cut off": (lambda base: cut(base / "images/training/ADE_train_00000010.jpg"),
                                ["ADE_train_00000010.jpg: expected an image"]),
-    "label cut off": (lambda base: cut(base / LABEL), ["ADE_val_00000020.png: this cannot be used as one"]),
+    "label cut off": (lambda base: cut(base / LABEL), ["ADE_val_00000020.png: expected a label, found a file that cannot be used as one"]),
     "colour picture": (lambda base: photo().save(base / LABEL), ["ADE_val_00000020.png", "found mode RGB"]),
     "other size": (lambda base: write_label(base / LABEL, np.ones((20, 28))), ["expected a label of 40×56", "found 20×28"]),
     "unknown value": (lambda base: write_label(base / LABEL, np.full((40, 56), 151)),
