@@ -374,19 +374,19 @@ def read_image(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image)
-            if upright.mode == "F":
-                raise ValueError("found floating-point numbers, of which nobody knows what is white")
-            if upright.mode.startswith("I"):            # 16-bit grey: Pillow's own conversion makes all above 255 white
-                values = np.asarray(upright)
-                if values.min() < 0 or values.max() > 65535:
-                    raise ValueError(f"found grey values from {values.min()} to {values.max()}")
-                upright = Image.fromarray((values / 257).round().astype(np.uint8))
-            return upright.convert("RGB")
+            if upright.mode[0] not in "IF":
+                return upright.convert("RGB")
+            values, mode = np.asarray(upright), upright.mode
     except FileNotFoundError:
         raise
     except Exception as error:                          # Pillow raises nearly anything for a broken file
         raise ValueError(f"{path}: expected an image, found a file that cannot be read ({error}). It may be "
                          "truncated: fetch it again, take it out of the list, or add --skip-broken.") from error
+    if mode == "F" or mode == "I" and not (values.min() >= 0 and 255 < values.max() <= 65535):
+        raise ValueError(f"{path}: expected 8 or 16 bits, found {'floating-point' if mode == 'F' else '32-bit'} numbers from "
+                         f"{values.min()} to {values.max()}: nothing says which of them is white. Convert it.")
+    # 16-bit grey: Pillow's own conversion would make all above 255 white.
+    return Image.fromarray((values / 257).round().astype(np.uint8)).convert("RGB")
 
 
 def label_picture(path: Path) -> np.ndarray:

@@ -139,7 +139,7 @@ def existing_stages(world: World) -> list[str]:
         return stages
     settings = rectify.load_checkpoint(student, "distill")["settings"]
     fits = all(settings["world"][field] == world.described()[field] for field in ("synonyms", "clip"))    # else it is refused
-    if fits and teacher.exists() and settings.get("teacher") != distill.teacher_of(rectify.load_checkpoint(teacher, "rectify")):
+    if fits and teacher.exists() and settings["teacher"] != distill.teacher_of(rectify.load_checkpoint(teacher, "rectify")):
         print(f"{student} was distilled from another rectification than {teacher}: left out. Make it anew with: "
               "python distill.py")
         return stages

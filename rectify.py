@@ -442,8 +442,10 @@ def load_checkpoint(path: Path, stage: str) -> dict:
                 raise TypeError(f"{name} is {known[name]!r}")
         if not all(isinstance(name, str) for names in known["synonyms"] for name in names):
             raise TypeError(f"synonyms are {known['synonyms']!r}")
-        if stage == "rectify":
-            saved_recipe(content)
+        if stage == "distill":
+            content["settings"]["teacher"]
+        elif (path_taken := saved_recipe(content).dense_path) not in clip.DENSE_PATHS:
+            raise TypeError(f"dense_path is {path_taken!r}")
     return content
 
 

@@ -410,7 +410,7 @@ def test_student_runs_without_clip(world, student, tmp_path, monkeypatch):
 
 def checkpoint(world: rectify.World, student: distill.Student) -> dict:
     return {"stage": "distill", "step": 1, "weights": student.state_dict(),
-            "settings": {"world": world.described(), "recipe": asdict(distill.Recipe(backbone="small"))}}
+            "settings": {"world": world.described(), "teacher": 1, "recipe": asdict(distill.Recipe(backbone="small"))}}
 
 
 def test_load_student_gives_the_trained_student_back(world, student):
