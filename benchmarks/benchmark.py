@@ -466,11 +466,12 @@ def peak_memory(settings: dict, function: Callable[..., Sides], arguments: tuple
 
 
 def in_own_process(function: Callable, *arguments):
-    """`function(*arguments)` in a fresh process, forked from a server that has imported this file and computed nothing.
+    """`function(*arguments)` in a fresh process, forked from a server that has imported torch and computed nothing.
 
     Raises MemoryError when the system ended it, as it does with a process that asks for more than there is.
     """
     context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torchvision"])    # once, not in every process; the rest is imported quickly
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=answer, args=(sender, function, arguments))
     process.start()
