@@ -507,7 +507,12 @@ def memory(bench: Bench) -> dict[str, dict]:
             for side in (height // 2, height)}
     jobs |= {f"rectify {voc.crop}, batch {batch}": (rectification, (voc, batch)) for batch in (1, 4, 16)}
     jobs |= {f"distill {bench.sizes.distill_crop}, batch {batch}": (distillation, (batch,)) for batch in (1, 4)}
-    return {title: peak(bench, *job) for title, job in jobs.items()}
+    found = {}
+    for title, job in jobs.items():
+        found[title] = peak(bench, *job)
+        print(f"{title:52}{megabytes(found[title]):>8}" + (f"{found[title]['total'] / 2 ** 20:8.0f}" if found[title] else ""),
+              flush=True)
+    return found
 
 
 # ------------------------------------------------------------------------------------------ growth
@@ -614,8 +619,6 @@ def main(args: argparse.Namespace) -> dict:
     if args.memory:
         print(f"\n{'Our peak memory, MiB':52}{'growth':>8}{'total':>8}")
         content["memory"] = memory(bench)
-        for title, found in content["memory"].items():
-            print(f"{title:52}{megabytes(found):>8}" + (f"{found['total'] / 2 ** 20:8.0f}" if found else ""))
     if not args.growth and not args.memory:
         print(f"\n{'':13}{'seconds':>20}{'':20}{'':11}{'peak MiB':>16}{'of products':>16}\n"
               f"{'':13}{'plain':>10}{'ours':>10}{'ratio':>8}{'ours':>12} {'':10}{'plain':>8}{'ours':>8}{'plain':>9}{'ours':>7}")

@@ -232,6 +232,7 @@ def test_quick_benchmark_writes_growth_and_memory(tmp_path):
     assert "rows" not in found
 
 
+@pytest.mark.slow
 def test_one_row_can_be_chosen(tmp_path):
     found, _ = run_benchmark(tmp_path, "--only", "dense-224")
     assert list(found["rows"]) == ["dense-224"] and not found["projections"] and "loader" not in found
