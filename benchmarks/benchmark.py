@@ -22,8 +22,8 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # bars would be timed with the steps
 
 import runs
 
-ROWS = ("rectify-voc", "rectify-ade", "evaluate-voc", "evaluate-ade", "windows", "query", "dense-224", "dense-512", "distill",
-        "loader")
+ROWS = ("rectify-voc", "rectify-ade", "evaluate-voc", "evaluate-ade", "windows", "query", "dense-224", "dense-512",
+        "distill", "loader")
 
 
 def flags() -> argparse.ArgumentParser:
@@ -39,8 +39,8 @@ def flags() -> argparse.ArgumentParser:
     how.add_argument("--batch", type=runs.positive, metavar="N", default=argparse.SUPPRESS,
                      help="images per distillation step and per batch of dense features (default: 1; on a GPU 16)")
     how.add_argument("--threads", type=runs.positive, metavar="N", default=argparse.SUPPRESS,
-                     help="of torch on the CPU (default: torch's choice)")
-    how.add_argument("--device", metavar="D", default=argparse.SUPPRESS, help="cpu, cuda, … (default: the GPU if there is one)")
+                     help="torch's on the CPU (default: torch's choice)")
+    how.add_argument("--device", metavar="D", default=argparse.SUPPRESS, help="cpu, cuda, … (default: the GPU if any)")
     how.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast")
     how.add_argument("--out", metavar="FILE", default=argparse.SUPPRESS, help="write everything that was measured as JSON")
     return parser
@@ -116,8 +116,8 @@ QUICK = Sizes(
 def class_names(count: int) -> list[str]:
     """Names whose lengths in tokens are distributed as ADE20K's: four of five have one, 2 % three, the others two."""
     ids, _ = vocabulary()
-    words = [token.removesuffix("</w>") for token in ids if token.endswith("</w>") and len(token) > 8 and token[:-4].isalpha()
-             and token.isascii()]
+    words = [token.removesuffix("</w>") for token in ids if token.endswith("</w>") and len(token) > 8
+             and token[:-4].isalpha() and token.isascii()]
     words = iter(word for word in words if len(clip.encode(word)) == 1)
     return [" ".join(next(words) for _ in range(3 if i % 50 == 49 else 2 if i % 5 == 4 else 1)) for i in range(count)]
 
@@ -290,7 +290,8 @@ def evaluation(bench: Bench, case: Case, images: int = 1, anew: bool = False) ->
     `anew` the predictor is made within the time measured."""
     names, query = class_names(case.classes), bench.query(case.classes)
     recipe = bench.recipe(names)
-    rectifier = rectify.Rectifier(bench.model, case.classes, recipe.prompt_length).to(bench.device).eval().requires_grad_(False)
+    rectifier = rectify.Rectifier(bench.model, case.classes, recipe.prompt_length).to(bench.device)
+    rectifier.eval().requires_grad_(False)
     world = bench.world(names, recipe, rectifier)
     image, true_label = torch.randn(3, *case.image), torch.randint(0, case.classes, case.label)
     predictor = None if anew else evaluate.rectified_predictor(world, query)
@@ -299,8 +300,8 @@ def evaluation(bench: Bench, case: Case, images: int = 1, anew: bool = False) ->
         confusion = np.zeros((case.classes, case.classes), dtype=np.int64)
         for _ in range(images):
             with bench.autocast():
-                confusion += plain.evaluate_image(rectifier, bench.plain_model, image[None].to(bench.device), true_label, query,
-                                                  names, recipe.dense_path)[1]
+                confusion += plain.evaluate_image(rectifier, bench.plain_model, image[None].to(bench.device), true_label,
+                                                  query, names, recipe.dense_path)[1]
         return confusion
 
     @torch.no_grad()
@@ -319,7 +320,8 @@ def evaluation(bench: Bench, case: Case, images: int = 1, anew: bool = False) ->
 
 def queries(bench: Bench, classes: int = 1) -> Sides:
     """W_q of a class: 85 sentences."""
-    words = data.Vocabulary(tuple((name,) for name in class_names(classes)), ((0, 0, 0),) * classes, tuple(data.QUERY_TEMPLATES))
+    words = data.Vocabulary(tuple((name,) for name in class_names(classes)), ((0, 0, 0),) * classes,
+                            tuple(data.QUERY_TEMPLATES))
     return Sides(lambda: plain.query_features(bench.plain_model, words), lambda: rectify.query_features(bench.model, words),
                  classes, "classes")
 
@@ -409,8 +411,8 @@ def loader(bench: Bench, repeats: int) -> dict:
     photos = bench.photos(32)
     transform = data.augmentation(case.crop, (case.crop, case.crop), recipe.scale, recipe.distort)
     current: list[Tensor] = [bench.images(1, case.crop, case.crop)]
-    step = training(bench, rectifier, lambda noise: rectify.train_step(rectifier, model, current[0], hypothesis, query, names,
-                                                                       recipe, noise))
+    step = training(bench, rectifier, lambda noise: rectify.train_step(rectifier, model, current[0], hypothesis, query,
+                                                                       names, recipe, noise))
 
     def pass_over(use: Callable[[Tensor], object]) -> float:
         """Seconds per batch from the first one on: starting the workers is paid once an epoch, not once a step."""
@@ -426,8 +428,8 @@ def loader(bench: Bench, repeats: int) -> dict:
     alone = pass_over(lambda batch: None)
     fed = pass_over(train)
     ready = seconds(bench.device, lambda: [step() for _ in range(steps)]) / steps
-    return {"seconds_per_image_loader_alone": alone, "seconds_per_step_batch_ready": ready, "seconds_per_step_from_files": fed,
-            "utilisation": ready / fed, "workers": workers, "steps": steps}
+    return {"seconds_per_image_loader_alone": alone, "seconds_per_step_batch_ready": ready, 
+            "seconds_per_step_from_files": fed, "utilisation": ready / fed, "workers": workers, "steps": steps}
 
 
 # ------------------------------------------------------------------------------------------ memory
@@ -480,7 +482,7 @@ def in_own_process(function: Callable, *arguments):
         return receiver.recv()
     except EOFError:
         process.join()
-        raise MemoryError(f"the process that measured {arguments[1].__name__} ended with exit code {process.exitcode}") from None
+        raise MemoryError(f"the process measuring {arguments[1].__name__} ended with exit code {process.exitcode}") from None
     finally:
         process.join()
 
@@ -510,8 +512,8 @@ def memory(bench: Bench) -> dict[str, dict]:
     found = {}
     for title, job in jobs.items():
         found[title] = peak(bench, *job)
-        print(f"{title:52}{megabytes(found[title]):>8}" + (f"{found[title]['total'] / 2 ** 20:8.0f}" if found[title] else ""),
-              flush=True)
+        total = f"{found[title]['total'] / 2 ** 20:8.0f}" if found[title] else ""
+        print(f"{title:52}{megabytes(found[title]):>8}{total}", flush=True)
     return found
 
 
@@ -553,8 +555,8 @@ def growth(bench: Bench, repeats: int) -> list[dict]:
                 kept.append(seconds(bench.device, call))
         medians = [statistics.median(kept) for kept in times]
         found.append({"what": what, "axis": axis, "points": list(points), "seconds": medians, "flop": flop,
-                      "sentence": f"{points[-1] / points[0]:.3g} times the {axis} take {medians[-1] / medians[0]:.2f} times as "
-                                  f"long ({flop[-1] / flop[0]:.2f} times the FLOP): {why}."})
+                      "sentence": f"{points[-1] / points[0]:.3g} times the {axis} take {medians[-1] / medians[0]:.2f} times "
+                                  f"as long ({flop[-1] / flop[0]:.2f} times the FLOP): {why}."})
     return found
 
 
@@ -592,8 +594,8 @@ def megabytes(memory: dict[str, int] | None) -> str:
 
 def print_row(name: str, found: dict) -> None:
     slow, ours = found["plain"], found["ours"]
-    print(f"{name:13}{slow['seconds']:10.4f}{ours['seconds']:10.4f}{found['ratio']:8.2f}{found['units'] / ours['seconds']:12.2f} "
-          f"{found['unit'] + '/s':10}{megabytes(slow['memory']):>8}{megabytes(ours['memory']):>8}"
+    print(f"{name:13}{slow['seconds']:10.4f}{ours['seconds']:10.4f}{found['ratio']:8.2f}"
+          f"{found['units'] / ours['seconds']:12.2f} {found['unit'] + '/s':10}{megabytes(slow['memory']):>8}{megabytes(ours['memory']):>8}"
           f"{slow['share_of_product_rate']:9.0%}{ours['share_of_product_rate']:7.0%}", flush=True)
 
 
@@ -621,7 +623,8 @@ def main(args: argparse.Namespace) -> dict:
         content["memory"] = memory(bench)
     if not args.growth and not args.memory:
         print(f"\n{'':13}{'seconds':>20}{'':20}{'':11}{'peak MiB':>16}{'of products':>16}\n"
-              f"{'':13}{'plain':>10}{'ours':>10}{'ratio':>8}{'ours':>12} {'':10}{'plain':>8}{'ours':>8}{'plain':>9}{'ours':>7}")
+              f"{'':13}{'plain':>10}{'ours':>10}{'ratio':>8}{'ours':>12} {'':10}{'plain':>8}{'ours':>8}{'plain':>9}"
+              f"{'ours':>7}")
         content["rows"] = {}
         for name in (name for name in ROWS if name in args.only and name != "loader"):
             found = content["rows"][name] = compare(bench, name, args.repeats)
@@ -631,8 +634,8 @@ def main(args: argparse.Namespace) -> dict:
         rates = [found["product_flop_per_second"] for found in content["rows"].values()]
         if rates:
             content["product_flop_per_second"] = statistics.median(rates)
-            print(f"\nMatrix products of {bench.sizes.product}×{bench.sizes.product}: {statistics.median(rates) / 1e9:.0f} GFLOP/s "
-                  "(the rate that the last columns are shares of)")
+            print(f"\nMatrix products of {bench.sizes.product}×{bench.sizes.product}: {statistics.median(rates) / 1e9:.0f} "
+                  "GFLOP/s (the rate that the last columns are shares of)")
         content["projections"] = projections(content["rows"], bench.sizes)
         for title, hours in content["projections"].items():
             print(f"{title}: {hours['plain']:.1f} hours plain, {hours['ours']:.1f} ours")

@@ -60,7 +60,7 @@ class Attention(nn.Module):
         return self.out_proj(x.transpose(1, 2).flatten(start_dim=2))
 
     def forward(self, x: Tensor, causal: bool, seen: Tensor | None = None) -> Tensor:
-        """(B, T, E) → (B, T, E). In place of `causal`, `seen` (T, T) bool says which tokens (columns) each (row) attends to."""
+        """(B, T, E) → (B, T, E). In place of `causal`, `seen` (T, T) bool says which tokens a token (row) attends to."""
         q, k, v = self.qkv(x)
         return self.merge(F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal))
 
@@ -306,7 +306,7 @@ class CLIP(nn.Module):
         P, device = 1 + L, self.device
         lengths = torch.tensor([len(name) for name in names], device=device)                            # (C,)
         last = lengths.cumsum(dim=0) - 1                                    # where each sentence is read, behind the prefix
-        owner = torch.arange(len(names), device=device).repeat_interleave(lengths)                      # (M,) class of a token
+        owner = torch.arange(len(names), device=device).repeat_interleave(lengths)                    # (M,) class of a token
         place = torch.arange(len(owner), device=device) - (last + 1 - lengths)[owner]                   # (M,) 0, 1, … in it
         tokens = torch.tensor([START] + [token for name in names for token in name], device=device)
         start, suffix = self.token_embedding(tokens).split([1, len(owner)])                             # (1, Et), (M, Et)

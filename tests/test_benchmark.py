@@ -1,9 +1,9 @@
 """The benchmark's plain steps compute what ours compute: without that its ratios would compare two different things.
 
-Both sides share float32 weights and add the same products in another order, so values of the same size agree to some 1e-6
-and are held to 1e-5; gradients, sums of many terms of both signs, to 1e-4. A forgotten term, a wrong mask or a wrong scale moves
-them by 1e-2 and more. Decisions (votes, predicted classes) must agree exactly: on these inputs no two candidates come
-closer than rounding.
+Both sides share float32 weights and add the same products in another order, so values of the same size agree to some
+1e-6 and are held to 1e-5; gradients, sums of many terms of both signs, to 1e-4. A forgotten term, a wrong mask or a wrong
+scale moves them by 1e-2 and more. Decisions (votes, predicted classes) must agree exactly: on these
+inputs no two candidates come closer than rounding.
 """
 
 import json
@@ -87,7 +87,8 @@ def test_plain_rectification_step_has_our_loss_and_gradients(models, length, bat
     for step, model in ((plain.rectify_step, slow), (rectify.train_step, ours)):
         rectifier = rectifier_of(ours, length).train()
         noise = torch.Generator().manual_seed(4)
-        loss = step(rectifier, model, images_of(batch, 3, 40, 48), hypothesis_of(batch), query_of(ours), NAMES, recipe, noise)
+        loss = step(rectifier, model, images_of(batch, 3, 40, 48), hypothesis_of(batch), query_of(ours), NAMES, recipe,
+                    noise)
         loss.backward()
         found.append((loss.detach(), {name: parameter.grad for name, parameter in rectifier.named_parameters()}))
     (slow_loss, slow_gradients), (our_loss, our_gradients) = found
@@ -113,7 +114,8 @@ def test_plain_distillation_step_has_our_loss_and_gradients(models):
         student = distill.Student("small", inherited, pretrained=False).train()
         noise = torch.Generator().manual_seed(6)
         if side == "plain":
-            loss = plain.distill_step(student, rectifier, slow, images, hypothesis, query, names, teacher_recipe, recipe, noise)
+            loss = plain.distill_step(student, rectifier, slow, images, hypothesis, query, names, teacher_recipe, recipe,
+                                      noise)
         else:
             taught = distill.teach(rectifier, ours, images, query, reference, teacher_recipe.dense_path)
             loss, _ = distill.train_step(student, *taught, images, hypothesis, teacher_recipe, recipe, noise)
@@ -200,8 +202,8 @@ def hungry(_bench) -> benchmark.Sides:
 
 
 def run_benchmark(tmp_path, *flags: str) -> tuple[dict, str]:
-    done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "benchmark.py"), "--quick", "--repeats", "1", "--device", "cpu",
-                           "--threads", "1", "--out", "found.json", *flags],
+    done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "benchmark.py"), "--quick", "--repeats", "1",
+                           "--device", "cpu", "--threads", "1", "--out", "found.json", *flags],
                           cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads((tmp_path / "found.json").read_text()), done.stdout
