@@ -159,7 +159,7 @@ def predict(logits: Tensor, size: tuple[int, int], denoising: float = 0.0, scale
     return best_class(logits, size)[0]
 
 
-def best_class(logits: Tensor, size: tuple[int, int], scale: float | None = None, at_once: int = 32):
+def best_class(logits: Tensor, size: tuple[int, int], scale: float | None = None, at_once: int = 16):
     """Logits (1, C, h, w) → the best class of every pixel and, with a `scale`, its softmax(scale · logits): both (H, W).
 
     Up-sampled `at_once` classes at a time, which changes nothing but the memory: 150 classes at 2048×1024 pixels would be

@@ -38,8 +38,7 @@ class Attention(nn.Module):
     """Multi-head self-attention, heads of 64 channels.
 
     The same parameters as `nn.MultiheadAttention` (query, key and value stacked in one matrix), but written
-    out, because the method needs them apart: MaskCLIP takes the values alone, and `encode_prompt` keeps the
-    keys and values of a prefix that all classes share. Attention weights are never materialised (fused kernel).
+    out, because MaskCLIP takes the values alone. Attention weights are never materialised (fused kernel).
     """
 
     def __init__(self, width: int, heads: int):
@@ -60,9 +59,10 @@ class Attention(nn.Module):
         """Heads back into channels and through the output projection: (B, heads, T, 64) → (B, T, E)."""
         return self.out_proj(x.transpose(1, 2).flatten(start_dim=2))
 
-    def forward(self, x: Tensor, causal: bool) -> Tensor:
+    def forward(self, x: Tensor, causal: bool, seen: Tensor | None = None) -> Tensor:
+        """(B, T, E) → (B, T, E). In place of `causal`, `seen` (T, T) bool says which tokens a token (row) attends to."""
         q, k, v = self.qkv(x)
-        return self.merge(F.scaled_dot_product_attention(q, k, v, is_causal=causal))
+        return self.merge(F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal))
 
     def first(self, x: Tensor) -> Tensor:
         """The same for token 0 alone: (B, T, E) → (B, 1, E). Its query meets the keys and values of all tokens."""
@@ -92,8 +92,8 @@ class Block(nn.Module):
             c_fc=nn.Linear(width, 4 * width), gelu=QuickGELU(), c_proj=nn.Linear(4 * width, width)))
         self.ln_2 = nn.LayerNorm(width)
 
-    def forward(self, x: Tensor, causal: bool = False) -> Tensor:
-        x = x + self.attn(self.ln_1(x), causal)
+    def forward(self, x: Tensor, causal: bool = False, seen: Tensor | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), causal, seen)
         return x + self.mlp(self.ln_2(x))
 
     def first(self, x: Tensor) -> Tensor:
@@ -290,9 +290,10 @@ class CLIP(nn.Module):
         would fall off the 77 positions (the released code then reads at a wrong place).
 
         All sentences begin with the same 1 + L tokens, and a causal tower computes those without looking at
-        what follows. So they are run once, as a batch of one, and every class adds only its few own tokens,
-        which attend to the keys and values of that shared prefix. Exactly the naive result: the same sums,
-        11 to 22 times fewer operations for names of two to four tokens.
+        what follows. So all classes are run as one sequence: the shared prefix once, then every class's own
+        tokens, each at the position it has in its own sentence. They see the prefix and their own class up to
+        themselves, no other class. Exactly the naive result: the same sums, of 13 times fewer tokens for the 20
+        classes of VOC, 28 times for the 150 of ADE20K.
         """
         names = [encode(name) + [END] for name in class_names]
         L, S = len(prompt), max(map(len, names))
@@ -302,34 +303,17 @@ class CLIP(nn.Module):
                 f"encode_prompt: {L} learned vectors and the class name {worst!r} ({S - 1} tokens) need {1 + L + S} "
                 f"positions; CLIP has {self.context_length}. Use at most {self.prompt_room(class_names)} vectors or "
                 "a shorter name.")
-        # Padding with the end token is harmless: it stands behind the place where a sentence is read.
-        tokens = torch.tensor([name + [END] * (S - len(name)) for name in names], device=self.device)   # (C, S)
-        last = torch.tensor([len(name) - 1 for name in names], device=self.device)                      # (C,)
-        start = self.token_embedding(torch.tensor([START], device=self.device))                         # (1, Et)
-        prefix = torch.cat([start, prompt])[None] + self.positional_embedding[:1 + L]                # (1, 1+L, Et)
-        suffix = self.token_embedding(tokens) + self.positional_embedding[1 + L:1 + L + S]              # (C, S, Et)
+        P, device = 1 + L, self.device
+        lengths = torch.tensor([len(name) for name in names], device=device)                            # (C,)
+        last = lengths.cumsum(dim=0) - 1                                    # where each sentence is read, behind the prefix
+        owner = torch.arange(len(names), device=device).repeat_interleave(lengths)                    # (M,) class of a token
+        place = torch.arange(len(owner), device=device) - (last + 1 - lengths)[owner]                   # (M,) 0, 1, … in it
+        tokens = torch.tensor([START] + [token for name in names for token in name], device=device)
+        start, suffix = self.token_embedding(tokens).split([1, len(owner)])                             # (1, Et), (M, Et)
+        prefix = torch.cat([start, prompt]) + self.positional_embedding[:P]                             # (P, Et)
+        x = torch.cat([prefix, suffix + self.positional_embedding[P + place]])[None]                # (1, P + M, Et)
+        owner = torch.cat([owner.new_full((P,), -1), owner])                                        # −1: everyone's
+        seen = ((owner == owner[:, None]) | (owner == -1)).tril()           # (P + M, P + M)
         for block in self.transformer.resblocks:
-            prefix, suffix = shared_prefix_block(block, prefix, suffix)
-        features = suffix[torch.arange(len(names), device=self.device), last]                           # (C, Et)
-        return self.ln_final(features) @ self.text_projection
-
-
-def shared_prefix_block(block: Block, prefix: Tensor, suffix: Tensor) -> tuple[Tensor, Tensor]:
-    """One causal block over C sentences that share a prefix: (1, P, E), (C, S, E) → the same shapes.
-
-    A suffix token attends to the whole prefix and to its own sentence up to itself. Scores against the prefix
-    and against the suffix are computed apart, joined for one softmax, and split again: the prefix's keys and
-    values are never copied C times.
-    """
-    attn, P, S = block.attn, prefix.shape[1], suffix.shape[1]
-    q_prefix, k_prefix, v_prefix = attn.qkv(block.ln_1(prefix))                     # (1, heads, P, 64)
-    q, k, v = attn.qkv(block.ln_1(suffix))                                          # (C, heads, S, 64)
-    future = torch.ones(S, S, dtype=torch.bool, device=q.device).triu(diagonal=1)
-    scores = torch.cat([q @ k_prefix.mT, (q @ k.mT).masked_fill(future, -math.inf)], dim=-1)
-    weights = (scores * q.shape[-1] ** -0.5).softmax(dim=-1).to(v.dtype)            # (C, heads, S, P + S)
-    mixed = weights[..., :P] @ v_prefix + weights[..., P:] @ v                      # (C, heads, S, 64)
-    suffix = suffix + attn.merge(mixed)
-    suffix = suffix + block.mlp(block.ln_2(suffix))
-    mixed = F.scaled_dot_product_attention(q_prefix, k_prefix, v_prefix, is_causal=True)
-    prefix = prefix + attn.merge(mixed)
-    return prefix + block.mlp(block.ln_2(prefix)), suffix
+            x = block(x, seen=seen)
+        return self.ln_final(x[0, P + last]) @ self.text_projection

@@ -186,6 +186,16 @@ def weak_class_logits():
     return logits
 
 
+@pytest.mark.parametrize("classes", [1, 15, 16, 17, 50])
+def test_prediction_in_chunks_of_classes_has_the_same_bits_as_all_at_once(classes):
+    logits = torch.randn(1, classes, 5, 7, generator=torch.Generator().manual_seed(0))
+    logits[:, 0] += 1                                           # often the highest, and
+    logits[:, -1] = logits[:, 0]                                # equal to the last class, of another chunk: the first counts
+    at_once = F.interpolate(logits, size=(43, 61), mode="bilinear", align_corners=False)
+    highest = at_once.max(dim=1, keepdim=True).values
+    assert torch.equal(evaluate.predict(logits, (43, 61)), (at_once == highest).int().argmax(dim=1)[0])
+
+
 def test_prompt_denoising_leaves_out_a_class_that_is_nowhere_probable():
     """Class 2 wins in the middle with a probability of 0.38 at best: under 0.5 it is not in the image."""
     logits = weak_class_logits()

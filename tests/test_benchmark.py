@@ -1,0 +1,242 @@
+"""The benchmark's plain steps compute what ours compute: without that its ratios would compare two different things.
+
+Both sides share float32 weights and add the same products in another order, so values of the same size agree to some
+1e-6 and are held to 1e-5; gradients, sums of many terms of both signs, to 1e-4. A forgotten term, a wrong mask or a wrong
+scale moves them by 1e-2 and more. Decisions (votes, predicted classes) must agree exactly: on these
+inputs no two candidates come closer than rounding.
+"""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from conftest import ROOT
+from helpers import TINY, openai_state, relative
+
+import clip
+import data
+import distill
+import evaluate
+import rectify
+
+sys.path.append(str(ROOT / "benchmarks"))
+import benchmark
+import plain
+
+NAMES = ["dog", "potted plant", "wall", "dining table"]                     # of one and of two tokens
+
+
+@pytest.fixture(scope="module")
+def models() -> tuple[clip.CLIP, plain.CLIP]:
+    model = clip.build_model(openai_state(**TINY)).eval().requires_grad_(False)
+    return model, plain.CLIP(model)
+
+
+def query_of(model: clip.CLIP) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return F.normalize(torch.randn(len(NAMES), model.visual.proj.shape[1], generator=generator), dim=-1)
+
+
+def images_of(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(2))
+
+
+def rectifier_of(model: clip.CLIP, length: int = 73) -> rectify.Rectifier:
+    torch.manual_seed(3)
+    rectifier = rectify.Rectifier(model, len(NAMES), length)
+    with torch.no_grad():                       # vectors that are all alike would hide a prompt in the wrong order
+        rectifier.prompt += 0.1 * torch.randn_like(rectifier.prompt)
+    return rectifier
+
+
+def hypothesis_of(batch: int) -> torch.Tensor:
+    return torch.tensor([[True, False, True, True], [False, True, False, False], [True, True, True, True]])[:batch]
+
+
+@pytest.mark.parametrize("path", ["residual", "value"])
+def test_plain_dense_features_are_ours(models, path):
+    ours, slow = models
+    images = images_of(2, 3, 44, 52)            # neither square nor a multiple of the patch
+    assert relative(slow.encode_dense(images, path), ours.encode_dense(images, path)) < 1e-5
+
+
+def test_plain_global_features_are_ours(models):
+    ours, slow = models
+    images = images_of(2, 3, 32, 32)
+    assert relative(slow.encode_image(images), ours.encode_image(images)) < 1e-5
+
+
+def test_plain_query_features_are_ours(models):
+    ours, slow = models
+    words = data.Vocabulary((("dog", "puppy"), ("potted plant",)), ((0, 0, 0),) * 2, tuple(data.QUERY_TEMPLATES[:9]))
+    assert relative(plain.query_features(slow, words), rectify.query_features(ours, words)) < 1e-5
+
+
+@pytest.mark.parametrize("length, batch", [(73, 1), (73, 3), (5, 1)])
+def test_plain_rectification_step_has_our_loss_and_gradients(models, length, batch):
+    ours, slow = models
+    # Masks and loss at small scales: at 100 a straight-through gradient is nearly zero, and relative error meaningless.
+    recipe = rectify.Recipe(mask_scale=3.0, loss_scale=10.0, prompt_length=length)
+    found = []
+    for step, model in ((plain.rectify_step, slow), (rectify.train_step, ours)):
+        rectifier = rectifier_of(ours, length).train()
+        noise = torch.Generator().manual_seed(4)
+        loss = step(rectifier, model, images_of(batch, 3, 40, 48), hypothesis_of(batch), query_of(ours), NAMES, recipe,
+                    noise)
+        loss.backward()
+        found.append((loss.detach(), {name: parameter.grad for name, parameter in rectifier.named_parameters()}))
+    (slow_loss, slow_gradients), (our_loss, our_gradients) = found
+    assert relative(slow_loss, our_loss) < 1e-5
+    for name, gradient in our_gradients.items():
+        assert gradient.norm() > 0, name
+        assert relative(slow_gradients[name], gradient) < 1e-4, name
+
+
+def test_plain_distillation_step_has_our_loss_and_gradients(models):
+    ours, slow = models
+    names, query = NAMES, query_of(ours)
+    teacher_recipe = rectify.Recipe(mask_scale=3.0, loss_scale=10.0)
+    recipe = distill.Recipe(backbone="small")
+    rectifier = rectifier_of(ours).eval().requires_grad_(False)
+    with torch.no_grad():
+        reference = rectify.reference_features(ours, rectifier.prompt, names)
+    images, hypothesis = images_of(2, 3, 48, 64), hypothesis_of(2)
+    found = []
+    for side in ("plain", "ours"):
+        torch.manual_seed(5)
+        inherited = distill.Inherited(rectifier, query, reference, ours.visual.patch_positions(4, 4))
+        student = distill.Student("small", inherited, pretrained=False).train()
+        noise = torch.Generator().manual_seed(6)
+        if side == "plain":
+            loss = plain.distill_step(student, rectifier, slow, images, hypothesis, query, names, teacher_recipe, recipe,
+                                      noise)
+        else:
+            taught = distill.teach(rectifier, ours, images, query, reference, teacher_recipe.dense_path)
+            loss, _ = distill.train_step(student, *taught, images, hypothesis, teacher_recipe, recipe, noise)
+        loss.backward()
+        # Backbone and head as two vectors: in a single BatchNorm's bias the terms may cancel down to rounding.
+        found.append((loss.detach(), [torch.cat([parameter.grad.flatten() for parameter in part.parameters()])
+                                      for part in (student.network.backbone, student.network.aspp)]))
+    (slow_loss, slow_gradients), (our_loss, our_gradients) = found
+    assert relative(slow_loss, our_loss) < 1e-5
+    for slow_gradient, gradient in zip(slow_gradients, our_gradients):
+        assert gradient.norm() > 0
+        assert relative(slow_gradient, gradient) < 1e-4
+
+
+def test_plain_votes_are_ours(models, tmp_path):
+    ours, slow = models
+    rng = np.random.default_rng(0)
+    for name in ("a.png", "b.png"):             # noise: of a smooth picture every way of resizing makes the same
+        Image.fromarray(rng.integers(0, 256, (60, 72, 3), dtype=np.uint8)).save(tmp_path / name)
+    images, query = data.images_in(tmp_path), query_of(ours)
+    expected = rectify.count_votes(ours, query, images, 48, 1 / 3, "fp32", workers=0)
+    found = plain.count_votes(slow, query, images, 48, 1 / 3)
+    assert found.keys() == expected.keys()
+    for name, votes in expected.items():
+        assert torch.allclose(found[name], votes, atol=1e-6)                # one vote is 1/25
+    assert len({tuple(votes.tolist()) for votes in expected.values()}) == 2     # else any constant would pass
+
+
+def test_plain_predictions_and_confusions_are_ours(models, tmp_path):
+    ours, slow = models
+    query, recipe = query_of(ours), rectify.Recipe()
+    rectifier = rectifier_of(ours).eval().requires_grad_(False)
+    bench = benchmark.Bench({"device": "cpu", "precision": "fp32", "quick": True, "batch": 1,
+                             "threads": torch.get_num_threads()})
+    bench.model = ours                          # the weights of these tests in place of its own
+    image, size = images_of(3, 40, 56), (61, 83)
+    true_label = torch.randint(0, len(NAMES), size, generator=torch.Generator().manual_seed(7))
+    true_label[:5] = data.IGNORE
+    world = bench.world(NAMES, recipe, rectifier)
+    with torch.no_grad():
+        logits = evaluate.rectified_predictor(world, query)(image[None])
+    expected = evaluate.predict(logits, size)
+    predicted, confusion = plain.evaluate_image(rectifier, slow, image[None], true_label, query, NAMES, recipe.dense_path)
+    assert len(expected.unique()) > 1
+    assert np.array_equal(predicted, expected.numpy())
+    assert np.array_equal(confusion, evaluate.confusion_matrix(true_label, expected, len(NAMES)).numpy())
+    bench.folder.cleanup()
+
+
+def test_class_names_of_the_benchmark_are_as_long_as_real_ones():
+    lengths = [len(clip.encode(name)) for name in benchmark.class_names(150)]
+    assert [lengths.count(tokens) for tokens in (1, 2, 3)] == [120, 27, 3]  # ADE20K's: 119, 28, 3
+    assert len(set(benchmark.class_names(150))) == 150
+
+
+def test_flop_of_a_product_and_of_both_attentions_are_counted():
+    left, right = torch.randn(3, 5), torch.randn(5, 7)
+    assert benchmark.flop_of(lambda: left @ right) == 2 * 3 * 5 * 7
+    T, E = 6, 64
+    x = torch.randn(1, T, E)
+    expected = 2 * T * E * 3 * E + 2 * 2 * T * T * E + 2 * T * E * E        # in, scores and mixing, out
+    own, torchs = clip.model.Attention(E, 1), torch.nn.MultiheadAttention(E, 1, batch_first=True).eval()
+    with torch.no_grad():
+        torch.nn.init.normal_(own.in_proj_weight)
+        assert benchmark.flop_of(lambda: own(x, causal=False)) == expected
+        assert benchmark.flop_of(lambda: torchs(x, x, x)) == expected
+
+
+def test_peak_memory_sees_what_a_call_takes_and_frees_again(models):
+    settings = {"device": "cpu", "precision": "fp32", "quick": True, "batch": 1, "threads": 1}
+    if benchmark.peak(benchmark.Bench(settings), hungry, ()) is None:
+        pytest.skip("this system does not tell a process's highest memory since a reset")
+    found = benchmark.peak(benchmark.Bench(settings), hungry, ())
+    assert 0.95 * HUNGER < found["growth"] < 1.2 * HUNGER                   # and what Python itself takes meanwhile
+
+
+HUNGER = 64 << 20
+
+
+def hungry(_bench) -> benchmark.Sides:
+    def call() -> None:
+        torch.ones(HUNGER, dtype=torch.uint8)
+    return benchmark.Sides(call, call, 1, "meals")
+
+
+def run_benchmark(tmp_path, *flags: str) -> tuple[dict, str]:
+    done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "benchmark.py"), "--quick", "--repeats", "1",
+                           "--device", "cpu", "--threads", "1", "--out", "found.json", *flags],
+                          cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads((tmp_path / "found.json").read_text()), done.stdout
+
+
+@pytest.mark.slow
+def test_quick_benchmark_writes_every_row(tmp_path):
+    found, printed = run_benchmark(tmp_path)
+    assert [*found["rows"], "loader"] == list(benchmark.ROWS)
+    for name, row in found["rows"].items():
+        assert f"\n{name} " in printed
+        assert row["ratio"] == pytest.approx(row["plain"]["seconds"] / row["ours"]["seconds"])
+        for side in ("plain", "ours"):
+            assert row[side]["flop"] > 0 and len(row[side]["all_seconds"]) == 1
+            assert row[side]["memory"] is None or row[side]["memory"]["total"] > 0
+        if "dense" not in name:                 # those differ in the last block's scores alone
+            assert row["plain"]["flop"] > row["ours"]["flop"], name
+    assert set(found["loader"]) >= {"utilisation", "workers"}
+    assert len(found["projections"]) == 2
+    assert {"versions", "chip", "threads", "command", "precision", "device"} <= set(found)
+
+
+@pytest.mark.slow
+def test_quick_benchmark_writes_growth_and_memory(tmp_path):
+    found, printed = run_benchmark(tmp_path, "--growth", "--memory")
+    for row in found["growth"]:
+        assert len(row["points"]) == len(row["seconds"]) == len(row["flop"]) == 3
+        assert row["sentence"] in printed and row["flop"] == sorted(row["flop"])
+    assert len(found["memory"]) == 7
+    assert "rows" not in found
+
+
+@pytest.mark.slow
+def test_one_row_can_be_chosen(tmp_path):
+    found, _ = run_benchmark(tmp_path, "--only", "dense-224")
+    assert list(found["rows"]) == ["dense-224"] and not found["projections"] and "loader" not in found
