@@ -93,8 +93,9 @@ def measures(confusion: Tensor, names: list[str]) -> dict:
 @dataclass
 class Predictor:
     """A stage at test time: what it makes of an image, and how large it wants to see it."""
-    logits: Callable[[Tensor], Tensor]      # normalised images (B, 3, H, W) → (B, C, h, w)
+    logits: Callable[[Tensor], Tensor]      # what `path` names → (B, C, h, w)
     short_side: int                         # as in its own training
+    path: str | None                        # of CLIP's dense features (B, D, h, w); None: of the images (B, 3, H, W)
 
 
 def predictors(world: World, query: Tensor, stages: list[str]) -> dict[str, Predictor]:
@@ -104,18 +105,24 @@ def predictors(world: World, query: Tensor, stages: list[str]) -> dict[str, Pred
     for stage in stages:
         if stage in ("vanilla", "maskclip"):
             path = "vanilla" if stage == "vanilla" else recipe.dense_path
-            logits = lambda images, path=path: query_logits(world.clip_model.encode_dense(images, path=path), query)
-            found[stage] = Predictor(logits, recipe.short_side)
+            found[stage] = Predictor(lambda features: query_logits(features, query), recipe.short_side, path)
         elif stage == "rectify":
-            found[stage] = Predictor(rectified(world, query), recipe.short_side)
+            found[stage] = Predictor(rectified(world, query), recipe.short_side, recipe.dense_path)
         elif stage == "distill":
             short_side, student = distill.load_student(world, query)
-            found[stage] = Predictor(student.logits, short_side)
+            found[stage] = Predictor(student.logits, short_side, None)
     return found
 
 
+def logits_of_all(world: World, found: dict[str, Predictor], image: Tensor) -> dict[str, Tensor]:
+    """Each stage's logits (1, C, h, w) of one image (1, 3, H, W). CLIP's image tower runs once for all of them."""
+    paths = {predictor.path for predictor in found.values()} - {None}
+    seen = world.clip_model.encode_dense_paths(image, paths) if paths else {}
+    return {stage: predictor.logits(seen.get(predictor.path, image)).float() for stage, predictor in found.items()}
+
+
 def rectified(world: World, query: Tensor) -> Callable[[Tensor], Tensor]:
-    """Stage 1's logits. The bias map depends on the grid alone: it is computed once for every image size."""
+    """Stage 1's logits of features. The bias map depends on the grid alone: it is computed once for every image size."""
     path = world.folder("rectify") / "checkpoint.pt"
     recipe, rectifier = rectify.load_rectifier(world, rectify.load_checkpoint(path, "rectify"))
     reference = rectify.reference_features(world.clip_model, rectifier.prompt, world.vocabulary.names)
@@ -124,8 +131,7 @@ def rectified(world: World, query: Tensor) -> Callable[[Tensor], Tensor]:
     def bias_of(h: int, w: int) -> Tensor:
         return rectify.bias_logits(world.clip_model.visual.patch_positions(h, w), rectifier.projection, reference)
 
-    def logits(images: Tensor) -> Tensor:
-        features = world.clip_model.encode_dense(images, path=recipe.dense_path)
+    def logits(features: Tensor) -> Tensor:
         return rectify.rectified_logits(rectifier, features, query, bias_of(*features.shape[-2:]))
 
     return logits
@@ -189,17 +195,17 @@ def measure(world: World, query: Tensor, stages: list[str], labels: dict[str, Pa
     classes = len(world.vocabulary)
     confusion = {stage: torch.zeros(classes, classes, dtype=torch.int64, device=world.device) for stage in stages}
     for short_side in sorted({predictor.short_side for predictor in found.values()}):
+        of_size = {stage: predictor for stage, predictor in found.items() if predictor.short_side == short_side}
         dataset = data.LabelledImages(world.validation_images, labels, data.lookup_table(world.name, classes), short_side,
                                       world.clip_model.visual.patch_size)
         loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=world.workers)
         for _, image, true_label in tqdm(loader, desc="evaluating", unit="image"):
             image, true_label = image[None].to(world.device), true_label.to(world.device)
-            for stage, predictor in found.items():
-                if predictor.short_side == short_side:
-                    with runs.autocast(world.device, world.precision):
-                        logits = predictor.logits(image).float()
-                    predicted = predict(logits, tuple(true_label.shape), denoising, DENOISING_SCALE[stage])
-                    confusion[stage] += confusion_matrix(true_label, predicted, classes)
+            with runs.autocast(world.device, world.precision):
+                logits = logits_of_all(world, of_size, image)
+            for stage in of_size:
+                predicted = predict(logits[stage], tuple(true_label.shape), denoising, DENOISING_SCALE[stage])
+                confusion[stage] += confusion_matrix(true_label, predicted, classes)
     recipe, metrics = rectify.recipe_of(world), {}
     for stage in stages:
         checkpoint = world.folder(stage) / "checkpoint.pt"
@@ -266,7 +272,7 @@ def picture_sheet(world: World, query: Tensor, stages: list[str], labels: dict[s
         tiles = [image]
         for predictor in found.values():
             tensor = data.to_tensor(data.short_side_to(image, predictor.short_side, patch))[None].to(world.device)
-            tiles.append(colour(predict(predictor.logits(tensor).float(), size), palette))
+            tiles.append(colour(predict(logits_of_all(world, {"": predictor}, tensor)[""], size), palette))
         if labels:
             truth = data.read_label(labels[name], data.lookup_table(world.name, len(world.vocabulary)), size) \
                 if name in labels else np.full(size, data.IGNORE)

@@ -335,6 +335,10 @@ class Training:
                 print(f"{finished} is finished already.")
                 return self.steps
             self.optimizer.load_state_dict(content["optimizer"])
+            for parameter, state in self.optimizer.state.items():
+                for name, tensor in state.items():
+                    if tensor is not None and tensor.ndim and tensor.shape != parameter.shape:
+                        raise RuntimeError(f"{name} of shape {tuple(tensor.shape)} for {tuple(parameter.shape)}")
             for name, owner in self.also.items():
                 owner.load_state_dict(content["also"][name])
             if not 0 < content["step"] <= self.steps:

@@ -145,10 +145,10 @@ def main(args: argparse.Namespace) -> Path:
         print("No rectification was trained for these words. MaskCLIP's biases are still in the picture; to remove them: "
               "python rectify.py --data FOLDER --classes FILE")
 
-    predictor, patch = evaluate.predictors(world, query, [stage])[stage], world.clip_model.visual.patch_size
-    tensor = data.to_tensor(data.short_side_to(photo, predictor.short_side, patch))[None].to(world.device)
+    found, patch = evaluate.predictors(world, query, [stage]), world.clip_model.visual.patch_size
+    tensor = data.to_tensor(data.short_side_to(photo, found[stage].short_side, patch))[None].to(world.device)
     with torch.no_grad(), runs.autocast(world.device, world.precision):
-        logits = predictor.logits(tensor).float()
+        logits = evaluate.logits_of_all(world, found, tensor)[stage]
     threshold = value if kind == "threshold" else None
     classes = segment(logits, (photo.height, photo.width), len(names), evaluate.DENOISING_SCALE[stage], threshold)
 

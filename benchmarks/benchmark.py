@@ -286,34 +286,39 @@ def distillation(bench: Bench, batch: int) -> Sides:
 
 
 def evaluation(bench: Bench, case: Case, images: int = 1, anew: bool = False) -> Sides:
-    """Images of one size, from the normalised pixels to the confusion matrix. Ours keeps the bias map of a grid; with
-    `anew` the predictor is made within the time measured."""
+    """Images of one size, from the normalised pixels to the confusion matrices of vanilla CLIP, MaskCLIP and the rectified
+    CLIP. Ours keeps the bias map of a grid; with `anew` the predictors are made within the time measured."""
     names, query = class_names(case.classes), bench.query(case.classes)
     recipe = bench.recipe(names)
     rectifier = rectify.Rectifier(bench.model, case.classes, recipe.prompt_length).to(bench.device)
     rectifier.eval().requires_grad_(False)
     world = bench.world(names, recipe, rectifier)
     image, true_label = torch.randn(3, *case.image), torch.randint(0, case.classes, case.label)
-    predictor = None if anew else evaluate.rectified_predictor(world, query)
+    stages = ["vanilla", "maskclip", "rectify"]
+    ready = None if anew else evaluate.predictors(world, query, stages)
 
     def slow() -> object:
-        confusion = np.zeros((case.classes, case.classes), dtype=np.int64)
+        confusion = {stage: np.zeros((case.classes, case.classes), dtype=np.int64) for stage in stages}
         for _ in range(images):
             with bench.autocast():
-                confusion += plain.evaluate_image(rectifier, bench.plain_model, image[None].to(bench.device), true_label,
-                                                  query, names, recipe.dense_path)[1]
+                found = plain.evaluate_image(rectifier, bench.plain_model, image[None].to(bench.device), true_label, query,
+                                             names, recipe.dense_path)
+            for stage in stages:
+                confusion[stage] += found[stage][1]
         return confusion
 
     @torch.no_grad()
     def ours() -> object:                                   # the body of evaluate.measure
-        logits_of = predictor or evaluate.rectified_predictor(world, query)
-        confusion = torch.zeros(case.classes, case.classes, dtype=torch.int64, device=bench.device)
+        found = ready or evaluate.predictors(world, query, stages)
+        confusion = {stage: torch.zeros(case.classes, case.classes, dtype=torch.int64, device=bench.device) for stage in stages}
         for _ in range(images):
             pixels, truth = image[None].to(bench.device), true_label.to(bench.device)
             with bench.autocast():
-                logits = logits_of(pixels).float()
-            confusion += evaluate.confusion_matrix(truth, evaluate.predict(logits, tuple(truth.shape)), case.classes)
-        return confusion.cpu()
+                logits = evaluate.logits_of_all(world, found, pixels)
+            for stage in stages:
+                predicted = evaluate.predict(logits[stage], tuple(truth.shape))
+                confusion[stage] += evaluate.confusion_matrix(truth, predicted, case.classes)
+        return {stage: matrix.cpu() for stage, matrix in confusion.items()}
 
     return Sides(slow, ours, images, "images")
 

@@ -118,13 +118,15 @@ class CLIP(nn.Module):
         return self.visual.ln_post(x[:, 0]) @ self.visual.proj
 
     def encode_dense(self, images: Tensor, path: str) -> Tensor:
-        """(B, 3, H, W) → (B, D, h, w), unit vectors; `path` is residual or value, as in `clip.CLIP.encode_dense`."""
+        """(B, 3, H, W) → (B, D, h, w), unit vectors; `path` as in `clip.CLIP.encode_dense`."""
         patch = self.visual.conv1.kernel_size[0]
         h, w = math.ceil(images.shape[-2] / patch), math.ceil(images.shape[-1] / patch)
-        x, _ = self.visual(images)
+        x, after = self.visual(images)
         last, E = self.visual.transformer.resblocks[-1], x.shape[-1]
         value = last.attn.out_proj(F.linear(last.ln_1(x), last.attn.in_proj_weight[2 * E:], last.attn.in_proj_bias[2 * E:]))
-        if path == "residual":
+        if path == "vanilla":
+            x = after
+        elif path == "residual":
             x = x + value
             x = x + last.mlp(last.ln_2(x))
         else:
@@ -268,14 +270,20 @@ def distill_step(student: distill.Student, rectifier: rectify.Rectifier, model: 
 
 @torch.no_grad()
 def evaluate_image(rectifier: rectify.Rectifier, model: CLIP, image: Tensor, true_label: Tensor, query: Tensor,
-                   class_names: list[str], path: str) -> tuple[np.ndarray, np.ndarray]:
-    """One image (1, 3, h, w) and its label (H, W) → predicted classes (H, W) and confusion matrix (C, C), as `evaluate`.
+                   class_names: list[str], path: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """One image (1, 3, h, w) and its label (H, W) → predicted classes (H, W) and confusion matrix (C, C) of each stage.
 
-    Plain: the label never leaves the CPU, the prediction comes to it, and numpy counts.
+    Plain: every stage starts from the pixels; the label never leaves the CPU, the prediction comes to it, and numpy counts.
     """
-    features = model.encode_dense(image, path)
-    logits = decoded_logits(model, rectifier, features, query, class_names).float()
-    up = F.interpolate(logits, size=tuple(true_label.shape), mode="bilinear", align_corners=False)
-    predicted, truth, C = up.argmax(dim=1)[0].cpu().numpy(), true_label.numpy(), len(query)
+    truth, C, found = true_label.numpy(), len(query), {}
     counted = truth != data.IGNORE
-    return predicted, np.bincount(truth[counted] * C + predicted[counted], minlength=C * C).reshape(C, C)
+    for stage in ("vanilla", "maskclip", "rectify"):
+        features = model.encode_dense(image, "vanilla" if stage == "vanilla" else path)
+        if stage == "rectify":
+            logits = decoded_logits(model, rectifier, features, query, class_names).float()
+        else:
+            logits = torch.einsum("bdhw,cd->bchw", features.float(), query)
+        up = F.interpolate(logits, size=tuple(true_label.shape), mode="bilinear", align_corners=False)
+        predicted = up.argmax(dim=1)[0].cpu().numpy()
+        found[stage] = predicted, np.bincount(truth[counted] * C + predicted[counted], minlength=C * C).reshape(C, C)
+    return found

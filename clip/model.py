@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -161,19 +162,20 @@ class VisionTransformer(nn.Module):
         """The class token in the joint space: (B, T, E) → (B, D)."""
         return self.ln_post(x[:, 0]) @ self.proj
 
-    def forward(self, images: Tensor) -> Tensor:
-        *blocks, last = self.transformer.resblocks
+    def trunk(self, images: Tensor) -> Tensor:
+        """All blocks but the last, which is where the calls differ: (B, 3, H, W) → (B, 1 + n, E)."""
         x = self.embed(images)
-        for block in blocks:
+        for block in self.transformer.resblocks[:-1]:
             x = block(x)
-        return self.pool(last.first(x))             # exact: nothing else of the last block's output is read
+        return x
 
-    def dense(self, images: Tensor, path: str) -> Tensor:
-        """Patch features before normalisation, (B, n, D), by one of three ways through the last block."""
-        *blocks, last = self.transformer.resblocks
-        x = self.embed(images)
-        for block in blocks:
-            x = block(x)
+    def forward(self, images: Tensor) -> Tensor:
+        last = self.transformer.resblocks[-1]
+        return self.pool(last.first(self.trunk(images)))    # exact: nothing else of the last block's output is read
+
+    def dense(self, x: Tensor, path: str) -> Tensor:
+        """What the trunk gives → patch features before normalisation, (B, n, D), by one of three ways through the last block."""
+        last = self.transformer.resblocks[-1]
         if path == "vanilla":
             x = last(x)[:, 1:]                              # what CLIP itself computes for its patch tokens
         else:
@@ -271,12 +273,18 @@ class CLIP(nn.Module):
 
         Raises ValueError for another path.
         """
-        if path not in DENSE_PATHS:
-            raise ValueError(f"encode_dense: path should be one of {', '.join(DENSE_PATHS)}; found {path!r}.")
+        return self.encode_dense_paths(images, [path])[path]
+
+    def encode_dense_paths(self, images: Tensor, paths: Iterable[str]) -> dict[str, Tensor]:
+        """`encode_dense` by several paths at the price of little more than one: they differ in the last block alone."""
+        for path in paths:
+            if path not in DENSE_PATHS:
+                raise ValueError(f"encode_dense: expected a path of {', '.join(DENSE_PATHS)}; found {path!r}.")
         patch = self.visual.patch_size
         h, w = -(-images.shape[-2] // patch), -(-images.shape[-1] // patch)
-        features = F.normalize(self.visual.dense(images.to(self.dtype), path).float(), dim=-1)   # (B, n, D)
-        return features.transpose(1, 2).unflatten(dim=2, sizes=(h, w))
+        x = self.visual.trunk(images.to(self.dtype))                                            # (B, 1 + n, E)
+        features = {path: F.normalize(self.visual.dense(x, path).float(), dim=-1) for path in paths}    # (B, n, D) each
+        return {path: one.transpose(1, 2).unflatten(dim=2, sizes=(h, w)) for path, one in features.items()}
 
     def prompt_room(self, class_names: list[str]) -> int:
         """How many learned vectors fit before the longest class name: 77 − start − name − end; ≤ 0 if none."""

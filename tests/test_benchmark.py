@@ -59,7 +59,7 @@ def hypothesis_of(batch: int) -> torch.Tensor:
     return torch.tensor([[True, False, True, True], [False, True, False, False], [True, True, True, True]])[:batch]
 
 
-@pytest.mark.parametrize("path", ["residual", "value"])
+@pytest.mark.parametrize("path", ["residual", "value", "vanilla"])
 def test_plain_dense_features_are_ours(models, path):
     ours, slow = models
     images = images_of(2, 3, 44, 52)            # neither square nor a multiple of the patch
@@ -155,13 +155,15 @@ def test_plain_predictions_and_confusions_are_ours(models, tmp_path):
     true_label = torch.randint(0, len(NAMES), size, generator=torch.Generator().manual_seed(7))
     true_label[:5] = data.IGNORE
     world = bench.world(NAMES, recipe, rectifier)
+    stages = ["vanilla", "maskclip", "rectify"]
     with torch.no_grad():
-        logits = evaluate.rectified_predictor(world, query)(image[None])
-    expected = evaluate.predict(logits, size)
-    predicted, confusion = plain.evaluate_image(rectifier, slow, image[None], true_label, query, NAMES, recipe.dense_path)
-    assert len(expected.unique()) > 1
-    assert np.array_equal(predicted, expected.numpy())
-    assert np.array_equal(confusion, evaluate.confusion_matrix(true_label, expected, len(NAMES)).numpy())
+        logits = evaluate.logits_of_all(world, evaluate.predictors(world, query, stages), image[None])
+    found = plain.evaluate_image(rectifier, slow, image[None], true_label, query, NAMES, recipe.dense_path)
+    for stage in stages:
+        expected, (predicted, confusion) = evaluate.predict(logits[stage], size), found[stage]
+        assert len(expected.unique()) > 1
+        assert (predicted != expected.numpy()).mean() == 0, (stage, (predicted != expected.numpy()).sum())
+        assert np.array_equal(confusion, evaluate.confusion_matrix(true_label, expected, len(NAMES)).numpy())
     bench.folder.cleanup()
 
 
