@@ -260,6 +260,7 @@ def test_more_workers_than_cores_are_not_started(place, monkeypatch, script):
     assert asked and max(asked) <= os.cpu_count()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage, flags", [
     *(pytest.param(stage, ["--seed", seed], id=f"{stage} --seed {seed}") for stage in STAGES
       for seed in ("7", str(10 ** 30))),
@@ -425,6 +426,7 @@ def test_broken_training_image_of_voc_is_named(place, capsys, content):
     refused(capsys, place, rectify, VOC, path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", cases(BROKEN_IMAGES))
 def test_broken_validation_image_is_named(place, capsys, content):
     """By evaluate.py, which writes nothing."""
@@ -564,6 +566,7 @@ TRAINED_WITH = {name: row for name, row in GOOD_IMAGES.items()
                 if "mode" in name or "×" in name or name.endswith(("frames", "6"))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write, pixels, tolerance", cases(TRAINED_WITH, slow=STRIPS))
 def test_training_image_of_any_kind_is_trained_with(place, write, pixels, tolerance):
     """As one of four, and the rectification that comes out is finite."""
@@ -608,6 +611,7 @@ def test_photo_of_any_name_is_segmented(place, name):
     assert index_of(Path(name).stem).shape == (40, 56)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(name, id=key) for key, name in PHOTO_NAMES.items() if key != "no suffix"])
 def test_training_image_of_any_name_is_trained_with(place, name):
     shutil.copy("photo.jpg", Path("photos", name))
@@ -693,6 +697,7 @@ GOOD_CLASSES = {
     "a name of 60 tokens": (lines("cat", "very " * 59 + "old"), ["cat", "very " * 59 + "old"])}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content, names", cases(GOOD_CLASSES, slow=list(GOOD_CLASSES)[7:]))
 def test_class_file_of_any_kind_is_read(place, content, names):
     """Through a training: the names are in its checkpoint, in their order."""
@@ -794,6 +799,7 @@ GOOD_LISTS = {"Windows' line ends": ORDERED.replace(b"\n", b"\r\n"), "blank line
               "a second column": ORDERED.replace(b"\n", b" 1\n"), "a byte-order mark": b"\xef\xbb\xbf" + ORDERED}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", cases(GOOD_LISTS, slow=list(GOOD_LISTS)[4:8]))
 def test_list_of_any_form_gives_the_same_weights(place, content):
     (LISTS / "train.txt").write_bytes(content)
@@ -1248,6 +1254,7 @@ BAD_METRICS = {"empty": b"", "text": b"no JSON", "cut": b'{"vanilla": {"miou": 1
                "no miou": b'{"vanilla": {}, "maskclip": {}, "rectify": {}, "distill": {}}', "noise": b"\xff\x80"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", cases(BAD_METRICS))
 def test_bad_metrics_of_a_seed_are_measured_again(place, content):
     """reproduce.py takes what is finished as it is: a file that is no result must not end in a riddle."""

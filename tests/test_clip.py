@@ -238,6 +238,16 @@ def test_dense_features_of_a_batch(pair, path):
 
 
 @torch.no_grad()
+def test_dense_features_by_several_paths_are_those_of_each(pair):
+    """One run of the image tower for all: the same bits as a call for each."""
+    ours, _ = pair
+    images = random_images(2, 21, 50)
+    found = ours.encode_dense_paths(images, ["vanilla", "value", "residual"])
+    assert list(found) == ["vanilla", "value", "residual"]
+    assert all(torch.equal(features, ours.encode_dense(images, path)) for path, features in found.items())
+
+
+@torch.no_grad()
 def test_dense_default_is_residual(pair):
     """Without a path, encode_dense takes the one that the published numbers were measured with."""
     ours, _ = pair
