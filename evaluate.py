@@ -336,7 +336,8 @@ def main(args: argparse.Namespace) -> dict:
     stages = existing_stages(world)
     for stage in ("rectify", "distill"):
         if stage not in stages:
-            print(f"No checkpoint of {stage} in {world.folder(stage)}: left out. Make it with: python {stage}.py")
+            print(f"No checkpoint of {stage} in {world.folder(stage)}: left out. Make it with: python {stage}.py "
+                  f"--data {world.name}{runs.repeated(args)}")
     metrics = measure(world, query, stages, labels, args.prompt_denoising)
     print_table(metrics, per_class=True)
     folder = world.folder("evaluate")

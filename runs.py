@@ -148,8 +148,8 @@ def errors_in_one_paragraph():
                    "what was saved before is untouched."
         print(f"\nerror: {text}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("\nstopped. Training continues with the same command and --resume.", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"\nstopped. {stop}", file=sys.stderr)
         raise SystemExit(130) from None
 
 
@@ -359,7 +359,7 @@ class Training:
 
     def ask_to_stop(self, *_):
         if self.stop_asked:                     # a second Ctrl-C does not wait for the step to end
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt("With --resume the same command goes on from what was saved last.")
         self.stop_asked = True
 
     def done(self, step: int, losses: dict[str, float], rate: float) -> None:
@@ -376,7 +376,7 @@ class Training:
                 "weights": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "also": {name: owner.state_dict() for name, owner in self.also.items()}})
         if self.stop_asked:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(f"Saved after step {step + 1} of {self.steps}: the same command and --resume goes on.")
 
     def refuse_non_finite(self, loss, step: int, ids) -> None:
         """Raise ValueError when the loss is NaN or infinite; what was saved before stays."""

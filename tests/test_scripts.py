@@ -416,8 +416,11 @@ sys.path[:0] = [{root!r}, {tests!r}]
 from pathlib import Path
 import pytest
 import helpers, runs
-import rectify, distill
+import rectify, distill, toyland
 helpers.quick_recipes(pytest.MonkeyPatch(), Path("weights"))
+toyland.TRAIN_SCENES, toyland.VAL_SCENES = 4, 2
+if {name!r} == "toyland":
+    toyland.draw_dataset(Path("data"))
 opened, finish = [], runs.Training.finish
 
 def note(event, args):
@@ -431,7 +434,7 @@ def finish_and_note(self):
 
 runs.Training.finish = finish_and_note
 sys.addaudithook(note)
-helpers.run(rectify, "--data", "voc", "--clip", {clip!r})
+helpers.run(rectify, "--data", {name!r}, "--clip", {clip!r})
 after_rectify = list(opened)
 opened.clear()
 helpers.run(distill)
@@ -439,16 +442,18 @@ Path("opened.json").write_text(json.dumps([after_rectify, opened]))
 """
 
 
-def test_no_label_is_opened_before_training_is_done(voc, place, tiny_clip):
+@pytest.mark.parametrize("name, images, labels", [("voc", "JPEGImages", "SegmentationClass"),
+                                                  ("toyland", "toyland/images/train", "toyland/labels")])
+def test_no_label_is_opened_before_training_is_done(voc, place, tiny_clip, name, images, labels):
     """Seen from the interpreter itself, which reports every file that is opened and every folder that is listed."""
-    program = OPENED.format(root=str(ROOT), tests=str(ROOT / "tests"), clip=str(tiny_clip))
+    program = OPENED.format(root=str(ROOT), tests=str(ROOT / "tests"), clip=str(tiny_clip), name=name)
     result = subprocess.run([sys.executable, "-c", program], cwd=place, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     for opened in read_json("opened.json"):
         trained = opened.index("TRAINED")
-        assert any("JPEGImages" in path for path in opened[:trained])           # the hook does see what is opened
-        assert not [path for path in opened[:trained] if "SegmentationClass" in path]
-        assert any("SegmentationClass" in path for path in opened[trained:])    # and afterwards it is measured
+        assert any(images in path for path in opened[:trained])                 # the hook does see what is opened
+        assert not [path for path in opened[:trained] if labels in path]
+        assert any(labels in path for path in opened[trained:])                 # and afterwards it is measured
 
 
 # ------------------------------------------------------------------------------------------ interruptions
