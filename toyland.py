@@ -597,7 +597,7 @@ def small_resnet(pretrained: bool = True) -> SmallResNet:
     """
     resnet = SmallResNet()
     if pretrained:
-        weights = torch.load(RESNET_WEIGHTS, map_location="cpu", weights_only=True)
+        weights = runs.read(RESNET_WEIGHTS)
         resnet.load_state_dict({name: tensor.float() if tensor.is_floating_point() else tensor
                                 for name, tensor in weights.items()})
     return resnet

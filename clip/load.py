@@ -150,6 +150,10 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         elif is_torchscript(path):
             state = ArchiveReader(path).tensors()
         else:
+            if zipfile.is_zipfile(path):                # torch reads such a file whether its checksums are right or not
+                with zipfile.ZipFile(path) as archive:
+                    if damaged := archive.testzip():
+                        raise ValueError(f"the checksum of {damaged} is wrong")
             state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise

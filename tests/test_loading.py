@@ -378,6 +378,17 @@ def test_hugging_face_weights_that_do_not_fit(tmp_path, change, named):
         clip.load(path, device="cpu")
 
 
+def test_flipped_bit_in_a_weights_file_is_noticed(tmp_path):
+    """torch alone would read other weights without a word."""
+    path, state = tmp_path / "weights.pt", openai_state(**TINY)
+    torch.save(state, path)
+    whole = bytearray(path.read_bytes())
+    whole[whole.index(state["text_projection"].numpy().tobytes()) + 1000] ^= 1
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match="weights.pt is damaged or no weights file.*checksum"):
+        clip.read_state_dict(path)
+
+
 def test_resnet_is_refused(tmp_path):
     """A ResNet CLIP, by name or by file, is told apart from a broken ViT: the message says what to use instead."""
     for name in ("RN50", "RN101", "RN50x64"):
