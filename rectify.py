@@ -215,9 +215,11 @@ def multi_label_hypothesis(votes: Tensor, threshold: float) -> Tensor:
 
 @torch.no_grad()
 def count_votes(clip_model: clip.CLIP, query: Tensor, images: dict[str, Path], short_side: int, ratio: float,
-                precision: str, workers: int, windows_per_batch: int = 1024) -> dict[str, Tensor]:
+                precision: str, workers: int, windows_per_batch: int | None = None) -> dict[str, Tensor]:
     """f(k) of every image: id → (C,). One pass over the training images, windows of several images in one batch."""
     device, size = clip_model.device, clip_model.visual.input_resolution
+    if windows_per_batch is None:                   # what a processor's cache holds, or what fills a GPU
+        windows_per_batch = 128 if device.type == "cpu" else 1024
     loader = torch.utils.data.DataLoader(WholeImages(images, short_side), batch_size=None, num_workers=workers)
     votes: dict[str, Tensor] = {}
     waiting: list[tuple[str, Tensor]] = []
