@@ -22,8 +22,15 @@ import argparse
 import runs
 
 
+ABLATIONS = ("loss-mask", "loss-mask+feature", "own-head", "head-query", "head-query+bias", "maskclip+")    # ablations.py
+
+
 def flags() -> argparse.ArgumentParser:
     parser = runs.common_flags(__doc__)
+    parser.add_argument_group("ablation").add_argument(
+        "--ablation", choices=("none", *ABLATIONS), metavar="NAME", default=argparse.SUPPRESS,
+        help=f"train the student with one part replaced, or MaskCLIP+: {', '.join(ABLATIONS)} (default: that of the "
+             "rectification, which is inherited)")
     parser.add_argument_group("student").add_argument(
         "--backbone", choices=("small", "resnet50", "resnet101"), default=argparse.SUPPRESS,
         help="torchvision's ResNet-50 or -101 with its ImageNet weights, or the small one of Toyland "
@@ -47,9 +54,9 @@ import clip
 import data
 import rectify
 import toyland
-from rectify import (Rectifier, World, bias_logits, cached_query, cached_votes, contrastive_loss, find_checkpoint,
-                     load_checkpoint, load_rectifier, multi_label_hypothesis, open_world, poly_rate, query_logits, recipe_for, rectified_logits,
-                     rectified_masks, reference_features)
+from rectify import (Rectifier, World, build_rectifier, cached_hypotheses, cached_query, chosen, contrastive_loss,
+                     find_checkpoint, load_checkpoint, load_rectifier, open_world, poly_rate, recipe_for, rectified_masks,
+                     reference_features, saved_recipe)
 
 # ------------------------------------------------------------------------------------------ the recipe
 
@@ -71,6 +78,7 @@ class Recipe:
     poly_power: float = 0.9                 # [code]
     floor_rate: float = 1e-4                # [code] the rate never falls below
     epochs: int = 100                       # [code]
+    ablation: str = "none"                  # what is replaced by what ablations.py has in its place; none: ReCLIP++
 
 
 RECIPES = {
@@ -135,13 +143,13 @@ def build_resnet(backbone: str, pretrained: bool) -> torchvision.models.ResNet:
 class Inherited(nn.Module):
     """What the student takes over from stage 1, frozen: query head, bias logit map, decoder. Sec. III-E.
 
-    A copy, all of it buffers or parameters without gradient, in eval mode for ever (the decoder's BatchNorm keeps the
-    statistics it had as a teacher), and none of it needs CLIP any more: the student is complete without it.
+    A copy of the whole rectifier, all of it buffers or parameters without gradient, in eval mode for ever (the decoder's
+    BatchNorm keeps the statistics it had as a teacher), and none of it needs CLIP: the student is complete without it.
     """
 
     def __init__(self, rectifier: Rectifier, query: Tensor, reference: Tensor, positions: Tensor):
         super().__init__()
-        self.projection, self.decoder = copy.deepcopy(rectifier.projection), copy.deepcopy(rectifier.decoder)
+        self.rectifier = copy.deepcopy(rectifier)
         self.register_buffer("query", query)                                    # W_q (C, D)
         self.register_buffer("reference", reference)                            # W_r (C, D)
         self.register_buffer("positions", positions)                            # CLIP's PE (E, grid, grid)
@@ -156,11 +164,11 @@ class Inherited(nn.Module):
         positions = self.positions
         if positions.shape[-2:] != (h, w):
             positions = F.interpolate(positions[None], size=(h, w), mode="bicubic", align_corners=False)[0]
-        return bias_logits(positions, self.projection, self.reference)
+        return self.rectifier.bias(positions, self.reference)
 
     def forward(self, features: Tensor) -> Tensor:
         """Ẑ (B, D, h, w) → M^D (B, C, h, w): Eq. 3 and 4 on the student's features."""
-        return rectified_logits(self, features, self.query, self.bias(*features.shape[-2:]))
+        return self.rectifier(features, self.query, self.reference, self.bias(*features.shape[-2:]))
 
 
 class Student(nn.Module):
@@ -216,9 +224,9 @@ def at_grid(maps: Tensor, like: Tensor) -> Tensor:
 def teach(rectifier: Rectifier, clip_model: clip.CLIP, images: Tensor, query: Tensor, reference: Tensor,
           dense_path: str) -> tuple[Tensor, Tensor]:
     """The teacher's view of the student's very pixels: `(Z (B, D, h', w'), M_o (B, C, h', w'))` of stage 1."""
-    features = clip_model.encode_dense(images, path=dense_path)
-    bias = bias_logits(clip_model.visual.patch_positions(*features.shape[-2:]), rectifier.projection, reference)
-    return features, rectified_logits(rectifier, features, query, bias)
+    features = rectifier.encode(clip_model, images, dense_path)
+    bias = rectifier.bias(clip_model.visual.patch_positions(*features.shape[-2:]), reference)
+    return features, rectifier(features, query, reference, bias)
 
 
 def train_step(student: Student, teacher_features: Tensor, teacher_logits: Tensor, images: Tensor, hypothesis: Tensor,
@@ -231,7 +239,8 @@ def train_step(student: Student, teacher_features: Tensor, teacher_logits: Tenso
     masks = rectified_masks(logits, teacher_recipe.mask_scale, teacher_recipe.mask_tau, uniform)
     of_masks = mask_loss(logits, pseudo_label)                                                    #         Eq. 8
     of_features = feature_loss(features, teacher_features)                                        #         Eq. 9
-    of_text = text_loss(features, masks, student.inherited.query, hypothesis, teacher_recipe.loss_scale)   # Eq. 10
+    loss = chosen(teacher_recipe, text_loss)
+    of_text = loss(features, masks, student.inherited.query, hypothesis, teacher_recipe.loss_scale)       # Eq. 10
     loss = of_masks + recipe.feature_weight * of_features + recipe.text_weight * of_text
     return loss, {"mask": of_masks.item(), "feature": of_features.item(), "text": of_text.item()}
 
@@ -239,14 +248,15 @@ def train_step(student: Student, teacher_features: Tensor, teacher_logits: Tenso
 # ------------------------------------------------------------------------------------------ the run
 
 
-def build_student(world: World, rectifier: Rectifier, query: Tensor, backbone: str, pretrained: bool = True) -> Student:
+def build_student(world: World, rectifier: Rectifier, query: Tensor, recipe: Recipe, pretrained: bool = True) -> Student:
     """A student in its initial state around what it inherits from `rectifier`."""
     with torch.no_grad():
         reference = reference_features(world.clip_model, rectifier.prompt, world.vocabulary.names)
     visual = world.clip_model.visual
     grid = visual.input_resolution // visual.patch_size
-    inherited = Inherited(rectifier, query, reference, visual.patch_positions(grid, grid).detach().clone())
-    return Student(backbone, inherited, pretrained).to(world.device)
+    head = chosen(recipe, Inherited)
+    inherited = head(rectifier, query, reference, visual.patch_positions(grid, grid).detach().clone())
+    return Student(recipe.backbone, inherited, pretrained).to(world.device)
 
 
 def teacher_of(checkpoint: dict) -> int:
@@ -254,42 +264,42 @@ def teacher_of(checkpoint: dict) -> int:
     return runs.seed_of(checkpoint["settings"])
 
 
-def load_student(world: World, query: Tensor) -> tuple[int, Student]:
-    """The short side that the trained student of `world` expects, and the student, in eval mode. It holds all it needs;
-    CLIP's image tower is not run."""
+def load_student(world: World, query: Tensor) -> tuple[Recipe, Student]:
+    """The recipe of `world`'s trained student, and the student, in eval mode. It holds all it needs; CLIP's image tower is
+    not run."""
     path = world.folder("distill") / "checkpoint.pt"
     checkpoint = load_checkpoint(path, "distill")
     world.refuse_misfit(checkpoint)
-    rectifier = Rectifier(world.clip_model, len(world.vocabulary), prompt_length=1)     # shapes alone; weights follow
     with runs.reading(path):
-        recipe = checkpoint["settings"]["recipe"]
-        student = build_student(world, rectifier, query, recipe["backbone"], pretrained=False)
+        recipe = Recipe(**checkpoint["settings"]["recipe"])
+        rectifier = build_rectifier(world, saved_recipe(checkpoint, "teacher_recipe"))      # shapes alone; weights follow
+        student = build_student(world, rectifier, query, recipe, pretrained=False)
         student.load_state_dict(checkpoint["weights"])
-        return recipe["short_side"], student.eval()
+        return recipe, student.eval()
 
 
 def main(args: argparse.Namespace) -> Path:
     """Distil the newest rectification (making one first if there is none) and return the checkpoint's path."""
-    teacher_checkpoint = rectification(args)
-    world = open_world(args, teacher_checkpoint)
+    world, teacher_checkpoint = world_and_teacher(args)
     query = cached_query(world)
     teacher_recipe, rectifier = load_rectifier(world, teacher_checkpoint)
-    recipe = recipe_for(world, args, RECIPES)
+    recipe = recipe_for(world, inheriting(args, teacher_recipe), RECIPES)
     if hasattr(args, "backbone"):
         recipe = replace(recipe, backbone=args.backbone)
     images = world.training_images
     per_epoch = data.steps_per_epoch(len(images), recipe.batch_size)
     steps = recipe.epochs * per_epoch
 
-    hypotheses = multi_label_hypothesis(cached_votes(world, query, images, teacher_recipe), teacher_recipe.vote_threshold)
+    hypotheses = chosen(teacher_recipe, cached_hypotheses)(world, query, images, teacher_recipe)
     row = {name: number for number, name in enumerate(images)}
     torch.manual_seed(runs.seed_of(args.seed, "student"))
-    student = build_student(world, rectifier, query, recipe.backbone)
+    student = build_student(world, rectifier, query, recipe)
     with torch.no_grad():
         reference = reference_features(world.clip_model, rectifier.prompt, world.vocabulary.names)
-    optimizer = torch.optim.SGD(student.network.parameters(), lr=recipe.learning_rate, momentum=recipe.momentum,
-                                weight_decay=recipe.weight_decay)
-    settings = world.settings(recipe, args.seed) | {"teacher": teacher_of(teacher_checkpoint)}
+    learned = [parameter for parameter in student.parameters() if parameter.requires_grad]     # the network's alone
+    optimizer = torch.optim.SGD(learned, lr=recipe.learning_rate, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+    settings = world.settings(recipe, args.seed) | {"teacher": teacher_of(teacher_checkpoint),
+                                                    "teacher_recipe": asdict(teacher_recipe)}
     run = runs.Training(world.folder("distill"), "distill", settings, world.header("distill", recipe, args.seed), student,
                         optimizer, steps=steps, steps_per_epoch=per_epoch, resume=args.resume)
     transform = data.augmentation(recipe.short_side, recipe.crop, recipe.scale, recipe.distort)
@@ -318,9 +328,30 @@ def main(args: argparse.Namespace) -> Path:
     path = run.finish()
 
     import evaluate                                 # the first and only place where a label may be opened
-    evaluate.after_training(world, ["rectify", "distill"], "distill", query)
+    teacher = "maskclip" if recipe.ablation == "maskclip+" else "rectify"
+    evaluate.after_training(world, [teacher, "distill"], "distill", query)
     print(f"\nNext: python evaluate.py{runs.repeated(args)}")
     return path
+
+
+def world_and_teacher(args: argparse.Namespace) -> tuple[World, dict]:
+    """The world to train in and the stage-1 checkpoint to continue from; MaskCLIP+ learns from CLIP as it is."""
+    if getattr(args, "ablation", "none") == "maskclip+":
+        import ablations
+        world = open_world(args)
+        return world, ablations.untrained_teacher(world)
+    checkpoint = rectification(args)
+    return open_world(args, checkpoint), checkpoint
+
+
+def inheriting(args: argparse.Namespace, teacher_recipe: rectify.Recipe) -> argparse.Namespace:
+    """The flags; where they name no ablation, with the teacher's. Raises ValueError where each has one of its own."""
+    name, of_teacher = getattr(args, "ablation", "none"), teacher_recipe.ablation
+    if of_teacher != "none" and name not in ("none", of_teacher):
+        raise ValueError(f"--ablation {name}: expected a rectification without an ablation to continue from, found one with "
+                         f"{of_teacher}, which its student inherits. Leave the flag out, or rectify anew (another --out "
+                         "keeps both).")
+    return argparse.Namespace(**vars(args) | {"ablation": name if of_teacher == "none" else of_teacher})
 
 
 def rectification(args: argparse.Namespace) -> dict:
@@ -329,7 +360,7 @@ def rectification(args: argparse.Namespace) -> dict:
     if found is None:
         print("No rectification found: making one first, as python rectify.py would.")
         flags = argparse.Namespace(**vars(args))
-        for name in ("epochs", "batch_size", "backbone"):           # these are meant for stage 2
+        for name in ("epochs", "batch_size", "backbone", "ablation"):       # these are meant for stage 2
             if hasattr(flags, name):
                 delattr(flags, name)
         found = load_checkpoint(rectify.main(flags), "rectify")

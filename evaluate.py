@@ -25,6 +25,9 @@ def flags() -> argparse.ArgumentParser:
     extra.add_argument("--prompt-denoising", type=runs.share, metavar="P", default=0.0,
                        help="refinement, 0 is off: a class whose highest probability in an image stays under P is left out "
                             "there. The released ReCLIP++ uses it with another P for every dataset")
+    extra.add_argument("--key-smoothing", type=runs.share, metavar="P", default=argparse.SUPPRESS,
+                       help="refinement, 0 is off: a patch whose best probability is under P takes over those of patches "
+                            "that CLIP's last block finds alike; not for the student, which has no CLIP (default: 0)")
     return parser
 
 
@@ -96,6 +99,8 @@ class Predictor:
     logits: Callable[[Tensor], Tensor]      # what `path` names → (B, C, h, w)
     short_side: int                         # as in its own training
     path: str | None                        # of CLIP's dense features (B, D, h, w); None: of the images (B, 3, H, W)
+    scale: float                            # softmax(scale · logits) is how probable a class is
+    ablation: str = "none"                  # of the recipe that it was trained with
 
 
 def predictors(world: World, query: Tensor, stages: list[str]) -> dict[str, Predictor]:
@@ -105,12 +110,14 @@ def predictors(world: World, query: Tensor, stages: list[str]) -> dict[str, Pred
     for stage in stages:
         if stage in ("vanilla", "maskclip"):
             path = "vanilla" if stage == "vanilla" else recipe.dense_path
-            found[stage] = Predictor(lambda features: query_logits(features, query), recipe.short_side, path)
+            found[stage] = Predictor(lambda features: query_logits(features, query), recipe.short_side, path,
+                                     DENOISING_SCALE[stage])
         elif stage == "rectify":
-            found[stage] = Predictor(rectified(world, query), recipe.short_side, recipe.dense_path)
+            found[stage] = rectified(world, query)
         elif stage == "distill":
-            short_side, student = distill.load_student(world, query)
-            found[stage] = Predictor(student.logits, short_side, None)
+            student_recipe, student = distill.load_student(world, query)
+            found[stage] = Predictor(student.logits, student_recipe.short_side, None, scale_of(stage, student_recipe),
+                                     student_recipe.ablation)
     return found
 
 
@@ -121,7 +128,19 @@ def logits_of_all(world: World, found: dict[str, Predictor], image: Tensor) -> d
     return {stage: predictor.logits(seen.get(predictor.path, image)).float() for stage, predictor in found.items()}
 
 
-def rectified(world: World, query: Tensor) -> Callable[[Tensor], Tensor]:
+def scale_of(stage: str, recipe) -> float:
+    """What a trained stage's logits are multiplied with before a softmax: an ablation's may be cosines."""
+    if recipe.ablation == "none":
+        return DENOISING_SCALE[stage]
+    import ablations
+    return ablations.DENOISING_SCALE.get((stage, recipe.ablation), DENOISING_SCALE[stage])
+
+
+def title(stage: str, ablation: str = "none") -> str:
+    return STAGES[stage] if ablation == "none" else f"{STAGES[stage].split()[-1]}, {ablation}"
+
+
+def rectified(world: World, query: Tensor) -> Predictor:
     """Stage 1's logits of features. The bias map depends on the grid alone: it is computed once for every image size."""
     path = world.folder("rectify") / "checkpoint.pt"
     recipe, rectifier = rectify.load_rectifier(world, rectify.load_checkpoint(path, "rectify"))
@@ -129,12 +148,16 @@ def rectified(world: World, query: Tensor) -> Callable[[Tensor], Tensor]:
 
     @functools.lru_cache(maxsize=64)                # of grids: photographs have many shapes
     def bias_of(h: int, w: int) -> Tensor:
-        return rectify.bias_logits(world.clip_model.visual.patch_positions(h, w), rectifier.projection, reference)
+        return rectifier.bias(world.clip_model.visual.patch_positions(h, w), reference)
 
     def logits(features: Tensor) -> Tensor:
-        return rectify.rectified_logits(rectifier, features, query, bias_of(*features.shape[-2:]))
+        return rectifier(features, query, reference, bias_of(*features.shape[-2:]))
 
-    return logits
+    if not rectifier.frozen_clip:                   # an ablation with an image tower of its own
+        return Predictor(lambda images: logits(rectifier.encode(world.clip_model, images, recipe.dense_path)),
+                         recipe.short_side, None, scale_of("rectify", recipe), recipe.ablation)
+
+    return Predictor(logits, recipe.short_side, recipe.dense_path, scale_of("rectify", recipe), recipe.ablation)
 
 
 def existing_stages(world: World) -> list[str]:
@@ -145,24 +168,39 @@ def existing_stages(world: World) -> list[str]:
         return stages
     settings = rectify.load_checkpoint(student, "distill")["settings"]
     fits = all(settings["world"][field] == world.described()[field] for field in ("synonyms", "clip"))    # else it is refused
-    if fits and teacher.exists() and settings["teacher"] != distill.teacher_of(rectify.load_checkpoint(teacher, "rectify")):
+    of_clip = settings["recipe"].get("ablation") == "maskclip+"             # a student without a rectification
+    if fits and teacher.exists() and not of_clip \
+            and settings["teacher"] != distill.teacher_of(rectify.load_checkpoint(teacher, "rectify")):
         print(f"{student} was distilled from another rectification than {teacher}: left out. Make it anew with: "
               "python distill.py")
         return stages
     return [*stages, "distill"]
 
 
-def predict(logits: Tensor, size: tuple[int, int], denoising: float = 0.0, scale: float = 1.0) -> Tensor:
+def predict(logits: Tensor, size: tuple[int, int], denoising: float = 0.0, scale: float = 1.0,
+            smoothing: float = 0.0, keys: Tensor | None = None) -> Tensor:
     """Logits (1, C, h, w) → class per pixel (H, W): bilinear up-sampling to the image's own size, then argmax. Sec. III-A.
 
     `denoising` > 0 leaves out the classes whose highest probability, softmax(scale · logits), stays under it anywhere in
-    the image, but never the best one.
+    the image, but never the best one. `smoothing` > 0, with keys (1, E, h, w): see `smooth`.
     """
     if denoising > 0:
         best = (scale * logits).softmax(dim=1).amax(dim=(2, 3), keepdim=True)                     # (1, C, 1, 1)
         absent = (best < denoising) & (best < best.amax(dim=1, keepdim=True))
         logits = logits.masked_fill(absent, -1e9)                       # not −∞: times a weight of 0 it would be NaN
+    if smoothing > 0 and keys is not None:
+        logits = smooth((scale * logits).softmax(dim=1), keys, smoothing)
     return best_class(logits, size)[0]
+
+
+def smooth(probability: Tensor, keys: Tensor, threshold: float) -> Tensor:
+    """MaskCLIP's key smoothing, its Eq. 5: pred_i ← Σ_j cos(k_i, k_j) pred_j where the best of pred_i is under `threshold`.
+
+    probability (B, C, h, w), keys (B, E, h, w) of unit length → (B, C, h, w). Other patches keep their very numbers.
+    """
+    mixed = torch.einsum("bcj,bij->bci", probability.flatten(2), keys.flatten(2).mT @ keys.flatten(2))
+    unsure = probability.amax(dim=1, keepdim=True) < threshold                                    # (B, 1, h, w)
+    return torch.where(unsure, mixed.view_as(probability), probability)
 
 
 def best_class(logits: Tensor, size: tuple[int, int], scale: float | None = None, at_once: int = 16):
@@ -188,7 +226,8 @@ DENOISING_SCALE = {"vanilla": 100.0, "maskclip": 100.0, "rectify": 10.0, "distil
 
 
 @torch.no_grad()
-def measure(world: World, query: Tensor, stages: list[str], labels: dict[str, Path], denoising: float = 0.0) -> dict:
+def measure(world: World, query: Tensor, stages: list[str], labels: dict[str, Path], denoising: float = 0.0,
+            smoothing: float = 0.0) -> dict:
     """Metrics of each stage on the labelled validation images; one pass over them for all stages of one image size."""
     data.refuse_other_classes(world.name, world.vocabulary.names)
     found = predictors(world, query, stages)
@@ -203,15 +242,20 @@ def measure(world: World, query: Tensor, stages: list[str], labels: dict[str, Pa
             image, true_label = image[None].to(world.device), true_label.to(world.device)
             with runs.autocast(world.device, world.precision):
                 logits = logits_of_all(world, of_size, image)
-            for stage in of_size:
-                predicted = predict(logits[stage], tuple(true_label.shape), denoising, DENOISING_SCALE[stage])
+            keys = world.clip_model.encode_keys(image) if smoothing > 0 else None
+            for stage, predictor in of_size.items():
+                predicted = predict(logits[stage], tuple(true_label.shape), denoising, predictor.scale, smoothing,
+                                    None if stage == "distill" else keys)
                 confusion[stage] += confusion_matrix(true_label, predicted, classes)
     recipe, metrics = rectify.recipe_of(world), {}
     for stage in stages:
         checkpoint = world.folder(stage) / "checkpoint.pt"
+        refinements = {"prompt_denoising": denoising}
+        if smoothing > 0 and stage != "distill":
+            refinements["key_smoothing"] = smoothing
         metrics[stage] = measures(confusion[stage].cpu(), world.vocabulary.names) | {"fingerprint": {
             "stage": stage, "data": world.name, "images": len(dataset), "classes": world.vocabulary.names,
-            "short_side": found[stage].short_side, "refinements": {"prompt_denoising": denoising},
+            "short_side": found[stage].short_side, "refinements": refinements, "ablation": found[stage].ablation,
             "precision": world.precision, "clip": world.fingerprint, "dense_path": recipe.dense_path,
             "weights": sha256(checkpoint)[:16] if checkpoint.exists() else None}}
     return metrics
@@ -237,10 +281,14 @@ def print_table(metrics: dict, per_class: bool = False) -> None:
     one = next(iter(metrics.values()))["fingerprint"]
     sides = " and ".join(map(str, sorted({stage["fingerprint"]["short_side"] for stage in metrics.values()})))
     print(f"\n{one['data']}: {one['images']} images, {len(one['classes'])} classes, short side {sides}, "
-          f"prompt denoising {one['refinements']['prompt_denoising'] or 'off'}, {one['precision']}")
-    print(f"{'':22}{'mIoU':>7}{'absent = 0':>12}{'pixel accuracy':>16}   (percent)")
+          f"prompt denoising {one['refinements']['prompt_denoising'] or 'off'}, "
+          + (f"key smoothing {smoothing}, " if (smoothing := one["refinements"].get("key_smoothing")) else "")
+          + one["precision"])
+    titles = {stage: title(stage, found["fingerprint"].get("ablation", "none")) for stage, found in metrics.items()}
+    width = max(20, *map(len, titles.values())) + 2
+    print(f"{'':{width}}{'mIoU':>7}{'absent = 0':>12}{'pixel accuracy':>16}   (percent)")
     for stage, found in metrics.items():
-        print(f"{STAGES[stage]:22}{found['miou']:7.1f}{found['miou_absent_zero']:12.1f}{found['pixel_accuracy']:16.1f}")
+        print(f"{titles[stage]:{width}}{found['miou']:7.1f}{found['miou_absent_zero']:12.1f}{found['pixel_accuracy']:16.1f}")
     if per_class:
         print("\nIoU per class".ljust(23) + "".join(f"{stage:>10}" for stage in metrics))
         for name in one["classes"]:
@@ -278,7 +326,7 @@ def picture_sheet(world: World, query: Tensor, stages: list[str], labels: dict[s
                 if name in labels else np.full(size, data.IGNORE)
             tiles.append(colour(torch.from_numpy(truth), palette))
         strips.append(tiles)
-    titles = ["image", *(STAGES[stage] for stage in stages), *(["truth"] if labels else [])]
+    titles = ["image", *(title(stage, found[stage].ablation) for stage in stages), *(["truth"] if labels else [])]
     runs.write_atomically(path, lambda file: sheet(strips, titles, world.vocabulary, height).save(file, format="PNG"))
 
 
@@ -322,7 +370,7 @@ def sheet(strips: list[list[Image.Image]], titles: list[str], vocabulary: data.V
 
 def main(args: argparse.Namespace) -> dict:
     """Measure all stages of the newest run (or of `--data`), write metrics.json and preview.png, return the metrics."""
-    checkpoint = rectify.find_checkpoint(args, "rectify")
+    checkpoint = rectify.find_checkpoint(args, "rectify") or rectify.find_checkpoint(args, "distill")   # of MaskCLIP+
     world = open_world(args, checkpoint)
     if args.labels is not None and not runs.is_folder(world.name):
         raise ValueError(f"--labels {args.labels}: expected --data FOLDER, your own images; found {world.name}, which has labels "
@@ -338,7 +386,7 @@ def main(args: argparse.Namespace) -> dict:
         if stage not in stages:
             print(f"No checkpoint of {stage} in {world.folder(stage)}: left out. Make it with: python {stage}.py "
                   f"--data {world.name}{runs.repeated(args)}")
-    metrics = measure(world, query, stages, labels, args.prompt_denoising)
+    metrics = measure(world, query, stages, labels, args.prompt_denoising, getattr(args, "key_smoothing", 0.0))
     print_table(metrics, per_class=True)
     folder = world.folder("evaluate")
     runs.write_json(folder / "metrics.json", metrics)

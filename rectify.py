@@ -28,8 +28,16 @@ import functools
 import runs
 
 
+ABLATIONS = ("without-decoder", "whole-image", "entangled", "learnable-query", "addition", "fine-tuned", "no-bias",
+             "loss-cosine", "loss-area", "reclip", "reclip+decoder", "reclip+decoder+windows")      # see ablations.py
+
+
 def flags() -> argparse.ArgumentParser:
-    return runs.common_flags(__doc__)
+    parser = runs.common_flags(__doc__)
+    parser.add_argument_group("ablation").add_argument(
+        "--ablation", choices=("none", *ABLATIONS), metavar="NAME", default=argparse.SUPPRESS,
+        help=f"train ReCLIP++ with one part replaced, or ReCLIP: {', '.join(ABLATIONS)} (default: none)")
+    return parser
 
 
 if __name__ == "__main__":
@@ -70,6 +78,7 @@ class Recipe:
     poly_power: float = 0.9                 # [paper]
     horizon: int = 200                      # [code] epochs at which the poly schedule would reach zero
     epochs: int = 50                        # [code] epochs after which training stops
+    ablation: str = "none"                  # what is replaced by what ablations.py has in its place; none: ReCLIP++
 
 
 RECIPES = {
@@ -284,6 +293,8 @@ def contrastive_loss(features: Tensor, masks: Tensor, query: Tensor, hypothesis:
 class Rectifier(nn.Module):
     """All that stage 1 trains: the Reference prompt, the projection of positions, the decoder. Nothing else."""
 
+    frozen_clip = True                          # its features are those of the one CLIP that is shared
+
     def __init__(self, clip_model: clip.CLIP, classes: int, prompt_length: int):
         super().__init__()
         _, width = clip_model.visual.positional_embedding.shape
@@ -294,21 +305,35 @@ class Rectifier(nn.Module):
         self.projection = nn.Conv2d(width, dim, kernel_size=1)
         self.decoder = Decoder(dim, classes)
 
+    @torch.no_grad()
+    def encode(self, clip_model: clip.CLIP, images: Tensor, path: str) -> Tensor:
+        """Z: what the frozen CLIP sees of images (B, 3, H, W) → (B, D, h, w). Sec. III-A."""
+        return clip_model.encode_dense(images, path=path)
+
+    def bias(self, positions: Tensor, reference: Tensor) -> Tensor:
+        """M_b: positions (E, h, w), reference (C, D) → (C, h, w). Eq. 2; the same for every image of one grid."""
+        return bias_logits(positions, self.projection, reference)
+
+    def forward(self, features: Tensor, query: Tensor, reference: Tensor, bias: Tensor) -> Tensor:
+        """M_o: features (B, D, h, w), query and reference (C, D), bias (C, h, w) → (B, C, h, w). Eq. 3 and 4.
+
+        For training, test and student alike. ReCLIP++ needs the reference in its bias alone; ReCLIP (ablations.py) here.
+        """
+        return self.decoder(features, subtract_bias(query_logits(features, query), bias))
+
 
 def train_step(rectifier: Rectifier, clip_model: clip.CLIP, images: Tensor, hypothesis: Tensor, query: Tensor,
                class_names: list[str], recipe: Recipe, noise: torch.Generator) -> Tensor:
     """The loss of one batch: images (B, 3, H, W), hypothesis (B, C) bool, query (C, D). Sec. III-B to III-D in order."""
-    with torch.no_grad():
-        features = clip_model.encode_dense(images, path=recipe.dense_path)                        # Z (B, D, h, w)
-        query_map = query_logits(features, query)                                                 # M_q (B, C, h, w)
-        positions = clip_model.visual.patch_positions(*features.shape[-2:])                       # PE (E, h, w)
+    features = rectifier.encode(clip_model, images, recipe.dense_path)                            # Z (B, D, h, w)
+    positions = clip_model.visual.patch_positions(*features.shape[-2:]).detach()                  # PE (E, h, w)
     reference = reference_features(clip_model, rectifier.prompt, class_names)                     # W_r (C, D)     Eq. 1
-    bias = bias_logits(positions, rectifier.projection, reference)                                # M_b (C, h, w)  Eq. 2
-    rectified = subtract_bias(query_map, bias)                                                    # M              Eq. 3
-    decoded = rectifier.decoder(features, rectified)                                              # M_o            Eq. 4
+    bias = rectifier.bias(positions, reference)                                                   # M_b (C, h, w)  Eq. 2
+    decoded = rectifier(features, query, reference, bias)                                         # M_o            Eq. 3, 4
     uniform = torch.rand(decoded.shape, generator=noise, device=decoded.device)
     masks = rectified_masks(decoded, recipe.mask_scale, recipe.mask_tau, uniform)                 # M̂              Eq. 5
-    return contrastive_loss(features, masks, query, hypothesis, recipe.loss_scale)                #                Eq. 7
+    loss = chosen(recipe, contrastive_loss)
+    return loss(features, masks, query, hypothesis, recipe.loss_scale)                            #                Eq. 7
 
 
 def poly_rate(rate: float, step: int, horizon: int, power: float) -> float:
@@ -316,12 +341,12 @@ def poly_rate(rate: float, step: int, horizon: int, power: float) -> float:
     return rate * (1 - step / horizon) ** power
 
 
-def rectified_logits(rectifier: Rectifier, features: Tensor, query: Tensor, bias: Tensor) -> Tensor:
-    """Test time: M_o of features (B, D, h, w) with a ready bias map (C, h, w) → (B, C, h, w). No noise, BN as trained.
-
-    Not under no_grad: stage 2 trains its student's features through this very function.
-    """
-    return rectifier.decoder(features, subtract_bias(query_logits(features, query), bias))
+def chosen(recipe, original):
+    """`original`, a class or function; only where the recipe names an ablation, what ablations.py has in its place."""
+    if recipe.ablation == "none":
+        return original
+    import ablations
+    return ablations.in_place_of(original, recipe.ablation)
 
 
 # ------------------------------------------------------------------------------------------ setting up
@@ -452,8 +477,11 @@ def load_checkpoint(path: Path, stage: str) -> dict:
 
 
 def recipe_for(world: World, args: argparse.Namespace, recipes: dict):
-    """The dataset's recipe, with `--epochs` and `--batch-size` put in. A horizon never ends before the epochs do."""
+    """The dataset's recipe, with what the flags say put in. A horizon never ends before the epochs do."""
     recipe = recipes.get(world.name, recipes["folder"] if runs.is_folder(world.name) else None)
+    if getattr(args, "ablation", "none") != "none":
+        import ablations
+        recipe = ablations.recipe_for(args.ablation, recipe, world.name)
     if hasattr(args, "epochs"):
         recipe = replace(recipe, epochs=args.epochs)
         if hasattr(recipe, "horizon"):                              # stage 2 trains to the end of its schedule
@@ -471,9 +499,9 @@ def recipe_of(world: World) -> Recipe:
     return RECIPES.get(world.name, RECIPES["folder"])
 
 
-def saved_recipe(checkpoint: dict) -> Recipe:
-    """The recipe that a stage-1 checkpoint was trained with."""
-    saved = checkpoint["settings"]["recipe"]
+def saved_recipe(checkpoint: dict, of: str = "recipe") -> Recipe:
+    """The recipe that a stage-1 checkpoint was trained with, or the `teacher_recipe` of a student."""
+    saved = checkpoint["settings"][of]
     return Recipe(**{name: tuple(saved[name]) if isinstance(saved[name], list) else saved[name]
                      for name in {**asdict(Recipe()), **saved}})                # all of its fields and no other
 
@@ -510,11 +538,22 @@ def cached_votes(world: World, query: Tensor, images: dict[str, Path], recipe: R
     return torch.stack([votes[name] for name in images])
 
 
+def cached_hypotheses(world: World, query: Tensor, images: dict[str, Path], recipe: Recipe) -> Tensor:
+    """H of all training images, (images, C) bool, in the order of `images`. Eq. 6."""
+    return multi_label_hypothesis(cached_votes(world, query, images, recipe), recipe.vote_threshold)
+
+
+def build_rectifier(world: World, recipe: Recipe) -> Rectifier:
+    """A rectifier in its initial state: that of ReCLIP++, or of the recipe's ablation."""
+    kind = chosen(recipe, Rectifier)
+    return kind(world.clip_model, len(world.vocabulary), recipe.prompt_length).to(world.device)
+
+
 def load_rectifier(world: World, checkpoint: dict) -> tuple[Recipe, Rectifier]:
     """Recipe and trained weights of a stage-1 checkpoint; the rectifier is frozen and in eval mode."""
     recipe = saved_recipe(checkpoint)
-    rectifier = Rectifier(world.clip_model, len(world.vocabulary), recipe.prompt_length).to(world.device)
     with runs.reading(world.folder("rectify") / "checkpoint.pt"):
+        rectifier = build_rectifier(world, recipe)
         rectifier.load_state_dict(checkpoint["weights"])
     return recipe, rectifier.eval().requires_grad_(False)
 
@@ -535,11 +574,11 @@ def main(args: argparse.Namespace) -> Path:
     per_epoch = data.steps_per_epoch(len(images), recipe.batch_size)
     steps, horizon = recipe.epochs * per_epoch, recipe.horizon * per_epoch
     query = cached_query(world)
-    hypotheses = multi_label_hypothesis(cached_votes(world, query, images, recipe), recipe.vote_threshold)
+    hypotheses = chosen(recipe, cached_hypotheses)(world, query, images, recipe)
     row = {name: number for number, name in enumerate(images)}
 
     torch.manual_seed(runs.seed_of(args.seed, "rectifier"))
-    rectifier = Rectifier(world.clip_model, len(world.vocabulary), recipe.prompt_length).to(world.device)
+    rectifier = build_rectifier(world, recipe)
     optimizer = torch.optim.SGD(rectifier.parameters(), lr=recipe.learning_rate, momentum=recipe.momentum,
                                 weight_decay=recipe.weight_decay)
     run = runs.Training(world.folder("rectify"), "rectify", world.settings(recipe, args.seed),

@@ -81,6 +81,11 @@ class Attention(nn.Module):
         E = x.shape[-1]
         return self.out_proj(F.linear(x, self.in_proj_weight[2 * E:], self.in_proj_bias[2 * E:]))
 
+    def keys(self, x: Tensor) -> Tensor:
+        """Every token's keys, those of all heads side by side, of length one: (B, T, E) → (B, T, E)."""
+        E = x.shape[-1]
+        return F.normalize(F.linear(x, self.in_proj_weight[E:2 * E], self.in_proj_bias[E:2 * E]), dim=-1)
+
 
 class Block(nn.Module):
     """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
@@ -285,6 +290,16 @@ class CLIP(nn.Module):
         x = self.visual.trunk(images.to(self.dtype))                                            # (B, 1 + n, E)
         features = {path: F.normalize(self.visual.dense(x, path).float(), dim=-1) for path in paths}    # (B, n, D) each
         return {path: one.transpose(1, 2).unflatten(dim=2, sizes=(h, w)) for path, one in features.items()}
+
+    def encode_keys(self, images: Tensor) -> Tensor:
+        """The last block's key of every patch, of length one: (B, 3, H, W) → (B, E, h, w). For MaskCLIP's key smoothing.
+
+        Normalised over the channels, as the paper's equation has it; MaskCLIP's code does it over the patches.
+        """
+        last, patch = self.visual.transformer.resblocks[-1], self.visual.patch_size
+        x = self.visual.trunk(images.to(self.dtype))                                              # (B, 1 + n, E)
+        keys = last.attn.keys(last.ln_1(x))[:, 1:].float()                                        # (B, n, E)
+        return keys.transpose(1, 2).unflatten(dim=2, sizes=(-(-images.shape[-2] // patch), -(-images.shape[-1] // patch)))
 
     def prompt_room(self, class_names: list[str]) -> int:
         """How many learned vectors fit before the longest class name: 77 − start − name − end; ≤ 0 if none."""

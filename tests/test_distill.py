@@ -32,7 +32,8 @@ C, D = len(VOCABULARY), TINY["embed_dim"]
 HYPOTHESIS = torch.tensor([[1, 0, 1, 1], [0, 1, 0, 0]]).bool()              # three classes in one image, one in the other
 
 
-TEACHER_RECIPE = rectify.Recipe(loss_scale=20.0, mask_scale=3.0)
+TEACHER_RECIPE = rectify.Recipe(loss_scale=20.0, mask_scale=3.0, prompt_length=5)
+SMALL = distill.Recipe(backbone="small")
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -79,7 +80,7 @@ QUERY = unit(C, D, seed=1)
 def student(world, rectifier) -> distill.Student:
     """A small student in training mode, around a frozen copy of the teacher's parts."""
     torch.manual_seed(1)
-    return distill.build_student(world, copy.deepcopy(rectifier), QUERY, "small", pretrained=False).train()
+    return distill.build_student(world, copy.deepcopy(rectifier), QUERY, SMALL, pretrained=False).train()
 
 
 @pytest.fixture
@@ -277,7 +278,7 @@ def test_inherited_bias_follows_clips_positions_to_any_grid(world, rectifier, st
 def test_inherited_stays_in_eval_mode(world):
     """Whatever mode the teacher was in and however often train() is called: BatchNorm keeps the teacher's statistics."""
     rectifier = new_rectifier(world).train()
-    student = distill.build_student(world, rectifier, QUERY, "small", pretrained=False)
+    student = distill.build_student(world, rectifier, QUERY, SMALL, pretrained=False)
     for change in (lambda: None, student.train, student.eval, student.train):
         change()
         assert not any(module.training for module in student.inherited.modules())
@@ -399,7 +400,7 @@ def test_student_runs_without_clip(world, student, tmp_path, monkeypatch):
     expected = student.logits(IMAGES)
     torch.save(student.state_dict(), tmp_path / "student.pt")
 
-    empty = rectify.Rectifier(world.clip_model, C, prompt_length=1)        # shapes alone
+    empty = rectify.Rectifier(world.clip_model, C, prompt_length=5)        # shapes alone
     inherited = distill.Inherited(empty, torch.zeros(C, D), torch.zeros(C, D), torch.zeros_like(student.inherited.positions))
     other = distill.Student("small", inherited, pretrained=False)
     other.load_state_dict(torch.load(tmp_path / "student.pt", weights_only=True))
@@ -410,14 +411,14 @@ def test_student_runs_without_clip(world, student, tmp_path, monkeypatch):
 
 def checkpoint(world: rectify.World, student: distill.Student) -> dict:
     return {"stage": "distill", "step": 1, "weights": student.state_dict(),
-            "settings": {"world": world.described(), "teacher": 1, "recipe": asdict(distill.Recipe(backbone="small"))}}
+            "settings": {"world": world.described(), "teacher": 1, "recipe": asdict(SMALL), "teacher_recipe": asdict(TEACHER_RECIPE)}}
 
 
 def test_load_student_gives_the_trained_student_back(world, student):
     """From checkpoint.pt: the same logits, in eval mode, whatever query is at hand."""
     runs.save(world.folder("distill") / "checkpoint.pt", checkpoint(world, student))
-    short_side, found = distill.load_student(world, unit(C, D, seed=8))
-    assert not found.training
+    recipe, found = distill.load_student(world, unit(C, D, seed=8))
+    assert not found.training and recipe.short_side == SMALL.short_side
     assert torch.equal(found.logits(IMAGES), student.eval().logits(IMAGES))
 
 
@@ -438,4 +439,4 @@ def test_the_recipe_of_voc_is_the_papers():
     assert asdict(distill.RECIPES["voc"]) == dict(
         backbone="resnet50", feature_weight=0.5, text_weight=0.5, short_side=512, crop=(512, 512), scale=(0.5, 2.0),
         distort=True, batch_size=16, learning_rate=0.01, momentum=0.9, weight_decay=5e-4, poly_power=0.9,
-        floor_rate=1e-4, epochs=100)
+        floor_rate=1e-4, epochs=100, ablation="none")
