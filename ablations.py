@@ -170,9 +170,8 @@ def whole_image_hypotheses(world: World, query: Tensor, images: dict[str, Path],
 
 def cached_cosines(world: World, query: Tensor, images: dict[str, Path], recipe: rectify.Recipe) -> Tensor:
     """Cosine of every image with every class by CLIP's global encoder, (images, C), stored like the votes of Eq. 6."""
-    stamps = [(name, path.stat().st_size, path.stat().st_mtime_ns) for name, path in images.items()]
     key = ("cosines", world.fingerprint, world.vocabulary.synonyms, world.vocabulary.templates, recipe.short_side,
-           world.precision, stamps)
+           world.precision, rectify.stamps_of(images))
     shape = (len(images), len(query))
     return runs.cached(world.folder("cache"), "cosines", key,
                        make=lambda: whole_image_cosines(world, query, images, recipe.short_side),

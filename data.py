@@ -511,13 +511,26 @@ def random_state(seed: int):
         yield
 
 
-def training_batches(images: dict[str, Path], transform: v2.Transform, *, batch_size: int, first_step: int, steps: int,
-                     seed: int, workers: int = 0):
+class StoredFeatures(torch.utils.data.Dataset):
+    """CLIP's features in the place of augmented images, the same in every epoch: `(Z (D, h, w) float32, id)`."""
+
+    def __init__(self, images: dict[str, Path], features: Tensor):
+        self.ids, self.features = list(images), features
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, when: tuple[int, int]) -> tuple[Tensor, str]:
+        _, index = when
+        return self.features[index].float(), self.ids[index]
+
+
+def training_batches(dataset: TrainingImages | StoredFeatures, *, batch_size: int, first_step: int, steps: int, seed: int,
+                     workers: int = 0):
     """Batches `(images (B, 3, H, W), ids)` for the steps first_step..steps−1.
 
     Every epoch is a fresh permutation; a last batch that is not full is dropped (unless it is the only one).
     """
-    dataset = TrainingImages(images, transform, seed)
     batches = Batches(len(dataset), batch_size, first_step, steps, seed)
     return torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers, worker_init_fn=ignore_ctrl_c,
                                        pin_memory=torch.cuda.is_available(), persistent_workers=False)

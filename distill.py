@@ -302,9 +302,10 @@ def main(args: argparse.Namespace) -> Path:
                                                     "teacher_recipe": asdict(teacher_recipe)}
     run = runs.Training(world.folder("distill"), "distill", settings, world.header("distill", recipe, args.seed), student,
                         optimizer, steps=steps, steps_per_epoch=per_epoch, resume=args.resume)
-    transform = data.augmentation(recipe.short_side, recipe.crop, recipe.scale, recipe.distort)
-    batches = data.training_batches(images, transform, batch_size=recipe.batch_size, first_step=run.first_step,
-                                    steps=steps, seed=args.seed, workers=world.workers)
+    dataset = data.TrainingImages(images, data.augmentation(recipe.short_side, recipe.crop, recipe.scale, recipe.distort),
+                                  args.seed)
+    batches = data.training_batches(dataset, batch_size=recipe.batch_size, first_step=run.first_step, steps=steps,
+                                    seed=args.seed, workers=world.workers)
     noise = torch.Generator(world.device)
     student.train()
     with run:

@@ -24,9 +24,9 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 
 import runs
-
 
 ABLATIONS = ("without-decoder", "whole-image", "entangled", "learnable-query", "addition", "fine-tuned", "no-bias",
              "loss-cosine", "loss-area", "reclip", "reclip+decoder", "reclip+decoder+windows")      # see ablations.py
@@ -37,6 +37,10 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument_group("ablation").add_argument(
         "--ablation", choices=("none", *ABLATIONS), metavar="NAME", default=argparse.SUPPRESS,
         help=f"train ReCLIP++ with one part replaced, or ReCLIP: {', '.join(ABLATIONS)} (default: none)")
+    parser.add_argument_group("speed").add_argument(
+        "--cache-features", type=runs.gigabytes, metavar="GB", default=argparse.SUPPRESS,
+        help="let CLIP look at every image once, under one augmentation, and keep what it sees in at most so many GB of memory "
+             "and disk. Another training, with less variety: see the README for what it costs")
     return parser
 
 
@@ -78,6 +82,7 @@ class Recipe:
     poly_power: float = 0.9                 # [paper]
     horizon: int = 200                      # [code] epochs at which the poly schedule would reach zero
     epochs: int = 50                        # [code] epochs after which training stops
+    augment_once: bool = False              # [ours] --cache-features: one augmentation of an image for the whole training
     ablation: str = "none"                  # what is replaced by what ablations.py has in its place; none: ReCLIP++
 
 
@@ -440,6 +445,9 @@ def open_world(args: argparse.Namespace, checkpoint: dict | None = None,
     if (words := model.token_embedding.num_embeddings) != clip.VOCABULARY:
         raise ValueError(f"--clip {clip_name}: expected CLIP's vocabulary of {clip.VOCABULARY} tokens, found {words}.")
     model.requires_grad_(False)                                     # frozen for ever: no gradient is even recorded
+    if args.compile:
+        for block in model.visual.transformer.resblocks:
+            block.compile()
     world = World(name, root, vocabulary, clip_name, model, clip.fingerprint(model), device, args.precision,
                   runs.workers_of(args, device), args.out, args.skip_broken)
     if known:
@@ -486,8 +494,11 @@ def recipe_for(world: World, args: argparse.Namespace, recipes: dict):
         recipe = replace(recipe, epochs=args.epochs)
         if hasattr(recipe, "horizon"):                              # stage 2 trains to the end of its schedule
             recipe = replace(recipe, horizon=max(recipe.horizon, args.epochs))
-    if hasattr(args, "batch_size"):
-        recipe = replace(recipe, batch_size=args.batch_size)
+    if hasattr(args, "batch_size"):             # the rate goes with it, as in [code] for Cityscapes: 16 images, 0.16
+        rate = recipe.learning_rate * args.batch_size / recipe.batch_size
+        recipe = replace(recipe, batch_size=args.batch_size, learning_rate=rate)
+    if hasattr(args, "cache_features"):
+        recipe = replace(recipe, augment_once=True)
     return recipe
 
 
@@ -523,9 +534,8 @@ def cached_query(world: World) -> Tensor:
 
 def cached_votes(world: World, query: Tensor, images: dict[str, Path], recipe: Recipe) -> Tensor:
     """f(k) of all training images, (images, C), in the order of `images`; stored under a key of all it depends on."""
-    stamps = [(name, path.stat().st_size, path.stat().st_mtime_ns) for name, path in images.items()]
     key = ("votes", world.fingerprint, world.vocabulary.synonyms, world.vocabulary.templates, recipe.window_ratio,
-           recipe.short_side, world.precision, stamps)
+           recipe.short_side, world.precision, stamps_of(images))
 
     def make() -> dict[str, Tensor]:
         return count_votes(world.clip_model, query, images, recipe.short_side, recipe.window_ratio, world.precision,
@@ -541,6 +551,42 @@ def cached_votes(world: World, query: Tensor, images: dict[str, Path], recipe: R
 def cached_hypotheses(world: World, query: Tensor, images: dict[str, Path], recipe: Recipe) -> Tensor:
     """H of all training images, (images, C) bool, in the order of `images`. Eq. 6."""
     return multi_label_hypothesis(cached_votes(world, query, images, recipe), recipe.vote_threshold)
+
+
+def cached_features(world: World, rectifier: Rectifier, dataset: data.TrainingImages, recipe: Recipe,
+                    gigabytes: float) -> Tensor:
+    """Z of every training image under one augmentation, (images, D, h, w) float16, at most `gigabytes` in memory and on disk.
+
+    For `--cache-features`: CLIP then looks at an image once, and not once in every epoch. Not the same training: the pictures
+    no longer vary. Raises ValueError where Z needs more room, and for an ablation whose CLIP is not frozen.
+    """
+    if not rectifier.frozen_clip:
+        raise ValueError(f"--cache-features: expected a frozen CLIP, found --ablation {recipe.ablation}, which trains it.")
+    patch, dim = world.clip_model.visual.patch_size, world.clip_model.visual.proj.shape[1]
+    shape = (len(dataset), dim, *(-(-side // patch) for side in recipe.crop))
+    needed = 2 * math.prod(shape) / 1e9
+    if needed > gigabytes:
+        raise ValueError(f"--cache-features {gigabytes:g}: expected room for {needed:.1f} GB, the features of {len(dataset)} "
+                         f"images, found {gigabytes:g}. Allow more, or leave the flag out.")
+
+    def make() -> Tensor:
+        features = torch.empty(shape, dtype=torch.float16)
+        loader = torch.utils.data.DataLoader(dataset, batch_size=16, sampler=[(0, index) for index in range(len(dataset))],
+                                             num_workers=world.workers)
+        for number, (images, _) in enumerate(tqdm(loader, desc="features", unit="×16")):
+            with runs.autocast(world.device, world.precision):
+                found = rectifier.encode(world.clip_model, images.to(world.device), recipe.dense_path)
+            features[16 * number:16 * number + len(images)] = found.half().cpu()
+        return features
+
+    key = ("features", world.fingerprint, world.precision, dataset.seed, stamps_of(world.training_images), recipe.dense_path,
+           recipe.short_side, recipe.crop, recipe.scale, recipe.distort)
+    return runs.cached(world.folder("cache"), "features", key, make, fits=lambda features: features.shape == shape)
+
+
+def stamps_of(images: dict[str, Path]) -> list[tuple[str, int, int]]:
+    """What tells whether an image file is still the one that a cache was made from."""
+    return [(name, path.stat().st_size, path.stat().st_mtime_ns) for name, path in images.items()]
 
 
 def build_rectifier(world: World, recipe: Recipe) -> Rectifier:
@@ -579,14 +625,18 @@ def main(args: argparse.Namespace) -> Path:
 
     torch.manual_seed(runs.seed_of(args.seed, "rectifier"))
     rectifier = build_rectifier(world, recipe)
+    dataset = data.TrainingImages(images, data.augmentation(recipe.short_side, recipe.crop, recipe.scale, recipe.distort),
+                                  args.seed)
+    if recipe.augment_once:
+        dataset = data.StoredFeatures(images, cached_features(world, rectifier, dataset, recipe, args.cache_features))
+        rectifier.encode = lambda _clip, features, _path: features          # what the batches hold is Z already
     optimizer = torch.optim.SGD(rectifier.parameters(), lr=recipe.learning_rate, momentum=recipe.momentum,
                                 weight_decay=recipe.weight_decay)
     run = runs.Training(world.folder("rectify"), "rectify", world.settings(recipe, args.seed),
                         world.header("rectify", recipe, args.seed), rectifier, optimizer, steps=steps,
                         steps_per_epoch=per_epoch, resume=args.resume)
-    transform = data.augmentation(recipe.short_side, recipe.crop, recipe.scale, recipe.distort)
-    batches = data.training_batches(images, transform, batch_size=recipe.batch_size, first_step=run.first_step,
-                                    steps=steps, seed=args.seed, workers=world.workers)
+    batches = data.training_batches(dataset, batch_size=recipe.batch_size, first_step=run.first_step, steps=steps,
+                                    seed=args.seed, workers=world.workers)
     noise = torch.Generator(world.device)
     rectifier.train()
     with run:

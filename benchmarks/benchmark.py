@@ -421,8 +421,8 @@ def loader(bench: Bench, repeats: int) -> dict:
 
     def pass_over(use: Callable[[Tensor], object]) -> float:
         """Seconds per batch from the first one on: starting the workers is paid once an epoch, not once a step."""
-        batches = iter(data.training_batches(photos, transform, batch_size=1, first_step=0, steps=steps + 1, seed=0,
-                                             workers=workers))
+        batches = iter(data.training_batches(data.TrainingImages(photos, transform, seed=0), batch_size=1, first_step=0,
+                                             steps=steps + 1, seed=0, workers=workers))
         use(next(batches)[0])
         return seconds(bench.device, lambda: [use(batch) for batch, _ in batches]) / steps
 

@@ -437,7 +437,8 @@ def seven(tmp_path):
 def batches_of(images, first_step=0, steps=9, seed=0, workers=0, batch_size=2):
     """All batches as (pixels, ids), with an augmentation that is random in every way."""
     transform = data.augmentation(24, (24, 24), (0.5, 2.0), distort=True)
-    return list(data.training_batches(images, transform, batch_size=batch_size, first_step=first_step, steps=steps, seed=seed,
+    dataset = data.TrainingImages(images, transform, seed)
+    return list(data.training_batches(dataset, batch_size=batch_size, first_step=first_step, steps=steps, seed=seed,
                                       workers=workers))
 
 
@@ -514,7 +515,8 @@ def test_drawing_an_augmentation_leaves_the_global_generator_alone(seven):
 def test_ctrl_c_does_not_kill_the_processes_that_decode(seven):
     """A terminal sends it to every process; were the decoders to die, the step could not end and nothing be saved."""
     transform = data.augmentation(24, (24, 24), (1.0, 1.0), distort=False)
-    batches = iter(data.training_batches(seven, transform, batch_size=1, first_step=0, steps=40, seed=0, workers=1))
+    batches = iter(data.training_batches(data.TrainingImages(seven, transform, seed=0), batch_size=1, first_step=0, steps=40, seed=0,
+                                      workers=1))
     next(batches)
     for worker in batches._workers:
         os.kill(worker.pid, signal.SIGINT)

@@ -262,7 +262,7 @@ def test_nothing_is_cached_when_making_it_fails(tmp_path):
     (FileExistsError(17, "File exists", "runs/voc"), 2, "error: expected to use runs/voc, found: File exists."),
     (OSError(28, "No space left on device"), 2, "expected to use the run folder, found: No space left on device."),
     (ValueError(), 2, "error: ValueError"),
-    (KeyboardInterrupt(), 130, "stopped. Training continues with the same command and --resume.")])
+    (KeyboardInterrupt("Saved after step 3."), 130, "stopped. Saved after step 3.")])
 def test_what_a_user_can_cause_ends_in_one_paragraph(capsys, error, code, message):
     """On stderr, without a traceback, with the exit code of an error (2) or of Ctrl-C (130)."""
     with pytest.raises(SystemExit) as end, runs.errors_in_one_paragraph():

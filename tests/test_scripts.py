@@ -357,7 +357,6 @@ def test_bf16_goes_through_every_stage(voc):
 
 def test_toyland_without_a_flag(place, monkeypatch, capsys):
     """The first commands of a newcomer, on fewer scenes, with the weights that ship with the project."""
-    monkeypatch.undo()
     monkeypatch.chdir(place)
     monkeypatch.setattr(toyland, "TRAIN_SCENES", 16)
     monkeypatch.setattr(toyland, "VAL_SCENES", 8)
@@ -382,6 +381,44 @@ def test_same_command_same_weights_other_seed_others(voc):
     for stage in ("rectify", "distill"):
         assert same_weights(weights_of(stage, "two"), weights_of(stage, "one"))
         assert not same_weights(weights_of(stage, "three"), weights_of(stage, "one"))
+
+
+def test_cached_features_train_as_the_images_would_under_one_augmentation(voc, monkeypatch):
+    """CLIP looks at every image once; the weights are those of a training whose augmentation never changes, up to float16."""
+    run(rectify, *voc, "--out", "cached", "--cache-features", "0.1")
+    assert read_json("cached/voc/rectify/recipe.json")["recipe"]["augment_once"] is True
+    seen = []
+    encode = rectify.Rectifier.encode
+    monkeypatch.setattr(rectify.Rectifier, "encode", lambda self, *args: seen.append(1) or encode(self, *args))
+    run(rectify, *voc, "--out", "cached", "--cache-features", "0.1", "--seed", "0")
+    assert not seen                                                                 # all of it came from the cache
+    item = data.TrainingImages.__getitem__
+    monkeypatch.setattr(data.TrainingImages, "__getitem__", lambda self, when: item(self, (0, when[1])))
+    run(rectify, *voc, "--out", "fixed")
+    found, expected = weights_of("rectify", "cached"), weights_of("rectify", "fixed")
+    assert all(torch.allclose(found[name], tensor, atol=2e-3) for name, tensor in expected.items())
+
+
+def test_cached_features_that_do_not_fit_are_refused_before_anything_is_written(voc, capsys):
+    said = refusal(capsys, rectify, *voc, "--cache-features", "1e-6")
+    assert "--cache-features 1e-06: expected room for" in said and not Path("runs/voc/rectify").exists()
+    assert "found --ablation fine-tuned" in refusal(capsys, rectify, *voc, "--cache-features", "1", "--ablation", "fine-tuned")
+
+
+def test_learning_rate_goes_with_the_batch(voc):
+    """Twice the images a step, twice the rate; the recipe that is kept says both."""
+    recipe = rectify.RECIPES["voc"]
+    run(rectify, *voc, "--batch-size", 2 * recipe.batch_size)
+    found = read_json("runs/voc/rectify/recipe.json")["recipe"]
+    assert found["batch_size"] == 2 * recipe.batch_size and found["learning_rate"] == 2 * recipe.learning_rate
+
+
+@pytest.mark.slow
+def test_compiled_blocks_change_rounding_alone(voc):
+    for out, flags in (("plain", []), ("compiled", ["--compile"])):
+        run(rectify, *voc, "--out", out, *flags)
+    found, expected = weights_of("rectify", "compiled"), weights_of("rectify", "plain")
+    assert all(torch.allclose(found[name], tensor, atol=1e-3) for name, tensor in expected.items())
 
 
 def test_number_of_workers_changes_no_weight(voc):
