@@ -46,6 +46,7 @@ import numpy as np
 from tqdm import tqdm
 
 import data
+import ground_truth
 import public_datasets
 import runs
 
@@ -62,7 +63,7 @@ def splits_of(name: str, root: str, labels: str | None) -> tuple[dict, dict, lis
     """
     if name not in DATASETS and runs.is_folder(name):
         images = {"all": data.training_images(name, root)}
-        return images, {"all": data.true_label_files(name, root, list(images["all"]), labels)}, []
+        return images, {"all": ground_truth.true_label_files(name, root, list(images["all"]), labels)}, []
     images, found, problems = {}, {}, []
     if name in DATASETS:
         public_datasets.find(name, root)
@@ -75,7 +76,7 @@ def splits_of(name: str, root: str, labels: str | None) -> tuple[dict, dict, lis
         if name in DATASETS:
             found[split] = public_datasets.label_files(name, root, split, list(images[split]))
         elif split == "val":
-            found[split] = data.true_label_files(name, root, list(images[split]))
+            found[split] = ground_truth.true_label_files(name, root, list(images[split]))
     return images, found, problems
 
 
@@ -150,7 +151,7 @@ def look_at(image: Path, label: Path | None, table) -> tuple[str | None, np.ndar
         picture = data.read_image(image)
         if label is None:
             return None, None
-        classes = data.read_label(label, table, size=(picture.height, picture.width))
+        classes = ground_truth.read_label(label, table, size=(picture.height, picture.width))
     except (ValueError, OSError) as error:
         return str(error), None
     return None, np.bincount(classes.ravel(), minlength=256)
@@ -190,7 +191,7 @@ def print_both_orders(name: str, counts: np.ndarray, most: int = 8) -> None:
     values = {number: value for order in DATASETS[name].labels
               for value, number in public_datasets.label_values(name, order)[0].items()}
     print("\nThe commonest classes in either order. Photographs show more sky and grass than mice and cups:")
-    for order, reader in data.context_orders().items():
+    for order, reader in ground_truth.context_orders().items():
         class_of, _ = public_datasets.label_values(reader, order)
         read = sorted(((pixels[number], names[class_of[value]]) for number, value in values.items()), reverse=True)[:most]
         shares = ", ".join(f"{other} {100 * count / max(1, pixels[:len(names)].sum()):.0f} %" for count, other in read)
@@ -217,12 +218,12 @@ def main(args: argparse.Namespace) -> list[str]:
     problems += labels_without_images(name, args.root, images, args.labels)
     problems += other_class_order(name, args.root)
     labels.pop("train", None)
-    if not data.labels_fit(name, words.names):
+    if not ground_truth.labels_fit(name, words.names):
         print(f"Labels of {name} speak of its own classes, not of those in --classes: not opened.")
         labels = {}
     if name in DATASETS and labels.get("val"):
         try:
-            if said := data.how_labels_are_read(name, args.root, labels["val"]):
+            if said := ground_truth.how_labels_are_read(name, args.root, labels["val"]):
                 print(said)
         except ValueError as error:
             problems.append(str(error))
@@ -230,7 +231,7 @@ def main(args: argparse.Namespace) -> list[str]:
         if args.quick and len(found) > SAMPLE:
             chosen = sorted(random.Random(args.seed).sample(list(found), SAMPLE))
             found = {image: found[image] for image in chosen}
-        table = data.lookup_table(name, len(words)) if labels.get(split) else None
+        table = ground_truth.lookup_table(name, len(words)) if labels.get(split) else None
         faults, counts = look_at_all(split, found, labels.get(split, {}), table, args.workers)
         problems += faults[:SHOWN]
         if len(faults) > SHOWN:

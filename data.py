@@ -1,7 +1,7 @@
-"""Datasets: where images and labels lie, what the classes are called, and how both become tensors.
+"""Datasets: where images lie, what the classes are called, and how images become tensors.
 
-Training and evaluation are kept apart on purpose. `TrainingImages` yields images and ids and has no way to a label:
-no label path is ever handed to it. `LabelledImages` is another class, for evaluation alone.
+No label is read here: `TrainingImages` yields images and ids and has no way to a label. ground_truth.py, for evaluation
+alone, is another file.
 
 A dataset is known by name (`toyland`, or one of public_datasets.py) or is a folder of your own images with a file of class
 names. This file holds what is the same for all of them.
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import signal
 import unicodedata
 from dataclasses import dataclass
@@ -193,122 +192,6 @@ def validation_images(data: str, root: str) -> dict[str, Path]:
     return images_in(Path(data))
 
 
-def true_label_files(data: str, root: str, ids: list[str], labels: str | None = None) -> dict[str, Path]:
-    """For evaluation alone: id → label file of those validation images that have one. May be empty.
-
-    `labels` is the folder of index pictures that belongs to a user's own images (same stems, .png). Where a public dataset's
-    labels could be read in two ways, prints which is taken; raises ValueError when that is seen to be the wrong one.
-    """
-    if data == "toyland":
-        found = {name: Path(root) / "toyland" / "labels" / f"{name}.png" for name in ids}
-    elif data in DATASETS:
-        found = public_datasets.label_files(data, root, "val", ids)
-        if found and (said := how_labels_are_read(data, root, found)):
-            print(said)
-    elif labels is not None:
-        if not Path(labels).is_dir():
-            raise FileNotFoundError(f"--labels {labels}: expected a folder of index pictures, found none.")
-        found = {name: Path(labels) / f"{name}.png" for name in ids}
-        if not any(path.exists() for path in found.values()):
-            raise ValueError(f"--labels {labels}: expected PNG files with the images' names ({ids[0]}.png, …), found none "
-                             "of them.")
-    else:
-        found = {}
-    return {name: path for name, path in found.items() if path.exists()}
-
-
-def lookup_table(data: str, classes: int) -> np.ndarray | dict[str, np.ndarray]:
-    """For evaluation alone: value in a label file → class, (256,) int16. 255: ignored; −1: may not occur.
-
-    Of a dataset whose label files come in several encodings (Cityscapes): one such table for each end of a file's name.
-    """
-    if data not in DATASETS:
-        return table_of(dict(enumerate(range(classes))), ignored=[])
-    tables = {end: table_of(*public_datasets.label_values(data, encoding))
-              for end, encoding in public_datasets.endings(data).items()}
-    return tables if len(tables) > 1 else next(iter(tables.values()))
-
-
-def table_of(class_of: dict[int, int], ignored: list[int]) -> np.ndarray:
-    """Value → class as a table, (256,) int16, with −1 for what is neither a class nor ignored."""
-    table = np.full(256, -1, dtype=np.int16)
-    table[list(class_of)] = list(class_of.values())
-    table[[*ignored, IGNORE]] = IGNORE
-    return table
-
-
-def labels_fit(data: str, names: list[str]) -> bool:
-    """Whether a dataset's labels can be read with these classes: a known one's speak of its own alone, in its order.
-
-    A class may go by another name ("plane"), but not by that of another class.
-    """
-    own = KNOWN[data][0] if data in KNOWN else names
-    return len(names) == len(own) and all(name not in own or own.index(name) == place for place, name in enumerate(names))
-
-
-def refuse_other_classes(data: str, names: list[str]) -> None:
-    """Raise ValueError when a known dataset's labels are to be read with classes that are not its own."""
-    if not labels_fit(data, names):
-        raise ValueError(f"the labels of {data} speak of its own {len(KNOWN[data][0])} classes: expected as many, in its "
-                         f"order, found {len(names)} in --classes: {', '.join(names[:8])}, … Other classes can be looked at "
-                         "(segment.py), not measured.")
-
-
-def how_labels_are_read(data: str, root: str, labels: dict[str, Path]) -> str:
-    """For evaluation alone: where a dataset's labels could be read in two ways, which is taken and why; else "".
-
-    Raises ValueError when PASCAL Context's labels are seen to be in the other order than the dataset's name says.
-    """
-    ends = public_datasets.endings(data)
-    if len(ends) > 1:
-        taken = {end: sum(path.name.endswith(end) for path in labels.values()) for end in ends}
-        return f"Labels of {data}: " + ", ".join(f"{count} *{end}" for end, count in taken.items() if count)
-    if DATASETS[data].classes != "context":
-        return ""
-    [declared], name_of = DATASETS[data].labels, context_orders()
-    agreement, pixels = context_agreement(public_datasets.find(data, root), labels)
-    best = max(agreement, key=agreement.get)
-    seen = f"of {pixels} pixels that PASCAL VOC's labels name too, {agreement[declared]:.0%} have the same class"
-    if agreement[best] < 0.5:
-        why = seen if pixels else "no labels of PASCAL VOC for these images lie beside them"
-        return f"Labels of {data}: read in the order {declared}. Nothing proves it: {why}. If it is wrong, mIoU is near 0."
-    if best != declared:
-        raise ValueError(f"--data {data}: expected labels in the order {declared}, found them in the order {best}: {seen}, "
-                         f"read as {best} {agreement[best]:.0%}. Use --data {name_of[best]}. What was trained saw no label "
-                         f"and stays right: rename its folder {data} to {name_of[best]}.")
-    return f"Labels of {data}: read in the order {declared}, rightly: {seen}."
-
-
-def context_orders() -> dict[str, str]:
-    """For evaluation alone: each order in which PASCAL Context's labels circulate → the dataset's name that declares it."""
-    return {order: name for name, dataset in DATASETS.items() if dataset.classes == "context" for order in dataset.labels}
-
-
-def context_agreement(base: Path, labels: dict[str, Path], most: int = 50) -> tuple[dict[str, float], int]:
-    """For evaluation alone: the share of pixels to which Context and VOC give the same class, for each order of Context's.
-
-    Where VOC's own labels of the same images lie beside (in VOC2010 or VOC2012), up to `most` of them are compared, on the
-    classes that both have without the airplane, whose value is 1 in both orders. Returns shares and the number of pixels.
-    """
-    beside = [base / "SegmentationClass", base.parent / "VOC2012" / "SegmentationClass"]
-    pairs = ((path, folder / f"{name}.png") for name, path in labels.items() for folder in beside
-             if (folder / f"{name}.png").exists())
-    names = KNOWN["context"][0]
-    class_of = {value: names.index("table" if name == "dining table" else name)
-                for value, name in enumerate(VOC_CLASSES[1:], start=2)}
-    voc = table_of(class_of, ignored=[0, 1])
-    tables = {order: lookup_table(name, len(names)) for order, name in context_orders().items()}
-    agree, pixels = dict.fromkeys(tables, 0), 0
-    for context_path, voc_path in itertools.islice(pairs, most):
-        values, expected = label_picture(context_path), voc[label_picture(voc_path)]
-        if values.shape == expected.shape:
-            both = (expected != IGNORE) & (tables["alphabetical"][values] != IGNORE)
-            pixels += int(both.sum())
-            for order, table in tables.items():
-                agree[order] += int((table[values] == expected)[both].sum())
-    return {order: count / max(1, pixels) for order, count in agree.items()}, pixels
-
-
 def images_in(folder: Path) -> dict[str, Path]:
     """All images under a folder, also in its sub-folders: id (relative path without suffix) → path."""
     refuse_missing_folder(folder)
@@ -387,48 +270,6 @@ def read_image(path: Path) -> Image.Image:
                          f"{values.min()} to {values.max()}: nothing says which of them is white. Convert it.")
     # 16-bit grey: Pillow's own conversion would make all above 255 white.
     return Image.fromarray((values / 257).round().astype(np.uint8)).convert("RGB")
-
-
-def label_picture(path: Path) -> np.ndarray:
-    """For evaluation alone: the values of a label file, (H, W) uint8. Raises ValueError naming one that cannot be used."""
-    try:
-        with Image.open(path) as image:
-            if image.mode not in ("P", "L", "1"):
-                raise ValueError(f"expected an index picture (mode P or L), found mode {image.mode}")
-            return np.asarray(image, dtype=np.uint8)
-    except Exception as error:
-        raise ValueError(f"{path}: expected a label, found a file that cannot be used as one ({error}). Mend or replace "
-                         "it.") from error
-
-
-def table_for(path: Path, table: np.ndarray | dict[str, np.ndarray]) -> np.ndarray:
-    """For evaluation alone: the table of one label file; among several the end of the file's name decides."""
-    if not isinstance(table, dict):
-        return table
-    return next(one for end, one in table.items() if path.name.endswith(end))
-
-
-def read_label(path: Path, table: np.ndarray | dict[str, np.ndarray], size: tuple[int, int]) -> np.ndarray:
-    """For evaluation alone: a label file → classes (H, W) int64 by the look-up table (see `lookup_table`).
-
-    Raises ValueError, naming file and values, when a value is not in the table or the size (H, W) is not the image's.
-    """
-    table = table_for(path, table)
-    values = label_picture(path)
-    if values.shape != size:
-        raise ValueError(f"{path}: expected a label of {size[0]}×{size[1]} pixels, as its image; found {values.shape[0]}×"
-                         f"{values.shape[1]}.")
-    classes = table[values]
-    if (classes < 0).any():
-        unknown = np.unique(values[classes < 0]).tolist()
-        raise ValueError(f"{path}: expected the values {describe(table)}; found {unknown}. The label was made for another "
-                         "class list, or is a colour picture.")
-    return classes.astype(np.int64)
-
-
-def describe(table: np.ndarray) -> str:
-    known = np.flatnonzero(table >= 0)
-    return f"{known[0]}..{known[-2]} and 255"
 
 
 NORMALISE = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
@@ -562,23 +403,6 @@ class Batches:
                 order = np.random.default_rng(seed_of(self.seed, "order", epoch)).permutation(self.images)
                 order_of = epoch
             yield [(epoch, int(index)) for index in order[place * self.batch_size:(place + 1) * self.batch_size]]
-
-
-class LabelledImages(torch.utils.data.Dataset):
-    """For evaluation alone: `(id, image (3, h, w), true_label (H, W) int64)`; the label keeps its own size."""
-
-    def __init__(self, images: dict[str, Path], labels: dict[str, Path], table: np.ndarray, short_side: int, multiple: int = 1):
-        self.items = [(name, images[name], labels[name]) for name in images if name in labels]
-        self.table, self.short_side, self.multiple = table, short_side, multiple
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> tuple[str, Tensor, Tensor]:
-        name, image_path, label_path = self.items[index]
-        image = read_image(image_path)
-        label = read_label(label_path, self.table, size=(image.height, image.width))
-        return name, to_tensor(short_side_to(image, self.short_side, self.multiple)), torch.from_numpy(label)
 
 
 # ------------------------------------------------------------------------------------------ a download

@@ -47,6 +47,7 @@ from tqdm import tqdm
 
 import data
 import distill
+import ground_truth
 import rectify
 from clip.download import sha256
 from rectify import World, cached_query, open_world, query_logits
@@ -229,14 +230,15 @@ DENOISING_SCALE = {"vanilla": 100.0, "maskclip": 100.0, "rectify": 10.0, "distil
 def measure(world: World, query: Tensor, stages: list[str], labels: dict[str, Path], denoising: float = 0.0,
             smoothing: float = 0.0) -> dict:
     """Metrics of each stage on the labelled validation images; one pass over them for all stages of one image size."""
-    data.refuse_other_classes(world.name, world.vocabulary.names)
+    ground_truth.refuse_other_classes(world.name, world.vocabulary.names)
     found = predictors(world, query, stages)
     classes = len(world.vocabulary)
     confusion = {stage: torch.zeros(classes, classes, dtype=torch.int64, device=world.device) for stage in stages}
     for short_side in sorted({predictor.short_side for predictor in found.values()}):
         of_size = {stage: predictor for stage, predictor in found.items() if predictor.short_side == short_side}
-        dataset = data.LabelledImages(world.validation_images, labels, data.lookup_table(world.name, classes), short_side,
-                                      world.clip_model.visual.patch_size)
+        table = ground_truth.lookup_table(world.name, classes)
+        dataset = ground_truth.LabelledImages(world.validation_images, labels, table, short_side,
+                                              world.clip_model.visual.patch_size)
         loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=world.workers)
         for _, image, true_label in tqdm(loader, desc="evaluating", unit="image"):
             image, true_label = image[None].to(world.device), true_label.to(world.device)
@@ -263,8 +265,8 @@ def measure(world: World, query: Tensor, stages: list[str], labels: dict[str, Pa
 
 def after_training(world: World, stages: list[str], trained: str, query: Tensor) -> None:
     """What a training script ends with: metrics.json and preview.png of its own stage; numbers if there are labels."""
-    labels = data.true_label_files(world.name, world.root, list(world.validation_images)) \
-        if data.labels_fit(world.name, world.vocabulary.names) else {}
+    labels = ground_truth.true_label_files(world.name, world.root, list(world.validation_images)) \
+        if ground_truth.labels_fit(world.name, world.vocabulary.names) else {}
     folder = world.folder(trained)
     if labels:
         metrics = measure(world, query, stages, labels)
@@ -322,7 +324,7 @@ def picture_sheet(world: World, query: Tensor, stages: list[str], labels: dict[s
             tensor = data.to_tensor(data.short_side_to(image, predictor.short_side, patch))[None].to(world.device)
             tiles.append(colour(predict(logits_of_all(world, {"": predictor}, tensor)[""], size), palette))
         if labels:
-            truth = data.read_label(labels[name], data.lookup_table(world.name, len(world.vocabulary)), size) \
+            truth = ground_truth.read_label(labels[name], ground_truth.lookup_table(world.name, len(world.vocabulary)), size) \
                 if name in labels else np.full(size, data.IGNORE)
             tiles.append(colour(torch.from_numpy(truth), palette))
         strips.append(tiles)
@@ -377,7 +379,7 @@ def main(args: argparse.Namespace) -> dict:
                          "of its own. Leave --labels out.")
     runs.refuse_folders(world.folder("evaluate"), "metrics.json", "preview.png")
     query = cached_query(world)
-    labels = data.true_label_files(world.name, world.root, list(world.validation_images), args.labels)
+    labels = ground_truth.true_label_files(world.name, world.root, list(world.validation_images), args.labels)
     if not labels:
         raise ValueError(f"{world.name}: expected labels of its validation images to measure against, found none. For a "
                          "folder of your own pass --labels DIR; to see results without labels use segment.py.")

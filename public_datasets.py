@@ -52,7 +52,7 @@ DATASETS = {
         images="JPEGImages/{id}.jpg", lists="ImageSets/Segmentation/{split}.txt",
         labels={"indices": "SegmentationClass/{id}.png"}),
     # The same images; PNG labels circulate in two orders of classes, under the same file names. Whoever reads one as the
-    # other measures an mIoU near 0: so the order is part of the name, and `how_labels_are_read` in data.py checks it.
+    # other measures an mIoU near 0: so the order is part of the name, and `how_labels_are_read` in ground_truth.py checks it.
     "context": Dataset(labels={"alphabetical": CONTEXT_LABELS}, **CONTEXT),
     "context-voc-first": Dataset(labels={"voc-first": CONTEXT_LABELS}, **CONTEXT),
     "ade": Dataset(

@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 
 import clip
 import data
+import ground_truth
 import toyland
 from helpers import VOC_BASE, photo, voc_colour, write_label, write_photos, write_voc_tree
 
@@ -133,7 +134,7 @@ def test_a_folder_needs_class_names():
 
 def test_voc_lookup_table_value_by_value():
     """0 (background) and 255 (border) are ignored, 1..20 are the classes 0..19, nothing else may occur."""
-    table = data.lookup_table("voc", 20)
+    table = ground_truth.lookup_table("voc", 20)
     assert table.shape == (256,)
     for value in range(256):
         assert table[value] == (255 if value in (0, 255) else value - 1 if value <= 20 else -1), value
@@ -142,7 +143,7 @@ def test_voc_lookup_table_value_by_value():
 @pytest.mark.parametrize("name, classes", [("photos", 3), ("toyland", 16), ("photos", 255)])
 def test_own_lookup_table_value_by_value(name, classes):
     """A value is its class; 255 is ignored; other values may not occur."""
-    table = data.lookup_table(name, classes)
+    table = ground_truth.lookup_table(name, classes)
     for value in range(256):
         assert table[value] == (value if value < classes or value == 255 else -1), value
 
@@ -150,46 +151,46 @@ def test_own_lookup_table_value_by_value(name, classes):
 def test_labels_of_a_known_dataset_are_not_read_as_other_classes():
     """VOC's labels with three words of one's own would give numbers that mean nothing: an error."""
     with pytest.raises(ValueError, match="labels of voc .* 20 classes: expected as many.*found 3"):
-        data.refuse_other_classes("voc", ["cat", "dog", "cow"])
+        ground_truth.refuse_other_classes("voc", ["cat", "dog", "cow"])
     swapped = data.VOC_CLASSES[1::-1] + data.VOC_CLASSES[2:]
-    assert not data.labels_fit("voc", swapped) and not data.labels_fit("voc", data.VOC_CLASSES[:3])
-    assert data.labels_fit("voc", ["plane", *data.VOC_CLASSES[1:]])                 # another word for the same class
-    assert data.labels_fit("voc", data.VOC_CLASSES) and data.labels_fit("photos", ["cat", "dog"])
+    assert not ground_truth.labels_fit("voc", swapped) and not ground_truth.labels_fit("voc", data.VOC_CLASSES[:3])
+    assert ground_truth.labels_fit("voc", ["plane", *data.VOC_CLASSES[1:]])                 # another word for the same class
+    assert ground_truth.labels_fit("voc", data.VOC_CLASSES) and ground_truth.labels_fit("photos", ["cat", "dog"])
 
 
 def test_label_is_read_as_indices(tmp_path):
     """A palette PNG gives its indices, not its colours, through the table, in the label's own size."""
     values = np.array([[0, 1, 20], [255, 8, 15]])
     write_label(tmp_path / "a.png", values)
-    found = data.read_label(tmp_path / "a.png", data.lookup_table("voc", 20), size=(2, 3))
+    found = ground_truth.read_label(tmp_path / "a.png", ground_truth.lookup_table("voc", 20), size=(2, 3))
     assert found.dtype == np.int64 and found.tolist() == [[255, 0, 19], [255, 7, 14]]
 
 
 def test_unknown_label_value_is_named_with_its_file(tmp_path):
     write_label(tmp_path / "a.png", np.array([[0, 21], [77, 20]]))
     with pytest.raises(ValueError, match=r"a\.png: expected the values 0\.\.20 and 255; found \[21, 77\]"):
-        data.read_label(tmp_path / "a.png", data.lookup_table("voc", 20), size=(2, 2))
+        ground_truth.read_label(tmp_path / "a.png", ground_truth.lookup_table("voc", 20), size=(2, 2))
     with pytest.raises(ValueError, match=r"expected the values 0\.\.2 and 255; found \[20, 21, 77\]"):
-        data.read_label(tmp_path / "a.png", data.lookup_table("photos", 3), size=(2, 2))
+        ground_truth.read_label(tmp_path / "a.png", ground_truth.lookup_table("photos", 3), size=(2, 2))
 
 
 def test_label_of_another_size_is_refused(tmp_path):
     write_label(tmp_path / "a.png", np.zeros((2, 3)))
     with pytest.raises(ValueError, match=r"a\.png: expected a label of 3×2 pixels.*found 2×3"):
-        data.read_label(tmp_path / "a.png", data.lookup_table("voc", 20), size=(3, 2))
+        ground_truth.read_label(tmp_path / "a.png", ground_truth.lookup_table("voc", 20), size=(3, 2))
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "I;16"])
 def test_colour_picture_is_no_label(tmp_path, mode):
     Image.new(mode, (4, 4)).save(tmp_path / "a.png")
     with pytest.raises(ValueError, match=rf"a\.png: .*expected an index picture.*found mode {mode}"):
-        data.read_label(tmp_path / "a.png", data.lookup_table("voc", 20), size=(4, 4))
+        ground_truth.read_label(tmp_path / "a.png", ground_truth.lookup_table("voc", 20), size=(4, 4))
 
 
 def test_broken_label_is_named(tmp_path):
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n")
     with pytest.raises(ValueError, match=r"a\.png: expected a label, found a file that cannot be used"):
-        data.read_label(tmp_path / "a.png", data.lookup_table("voc", 20), size=(4, 4))
+        ground_truth.read_label(tmp_path / "a.png", ground_truth.lookup_table("voc", 20), size=(4, 4))
 
 
 # ------------------------------------------------------------------------------------------ VOC's tree
@@ -202,7 +203,7 @@ def test_root_may_be_any_folder_on_the_way_to_voc(tmp_path, inside):
     assert list(train) == ["2007_000032", "2007_000039", "2007_000063", "2007_000068"]
     assert list(val) == ["2007_000033", "2007_000042"]
     assert all(path.is_file() and path.parent.name == "JPEGImages" for path in (*train.values(), *val.values()))
-    labels = data.true_label_files("voc", root, list(val))
+    labels = ground_truth.true_label_files("voc", root, list(val))
     assert list(labels) == list(val) and all(path.parent.name == "SegmentationClass" for path in labels.values())
 
 
@@ -246,7 +247,7 @@ def test_training_images_need_no_label_folder(tmp_path):
     before = data.training_images("voc", str(write_voc_tree(tmp_path)))
     shutil.rmtree(tmp_path / VOC_BASE / "SegmentationClass")
     assert data.training_images("voc", str(tmp_path)) == before
-    assert data.true_label_files("voc", str(tmp_path), list(data.validation_images("voc", str(tmp_path)))) == {}
+    assert ground_truth.true_label_files("voc", str(tmp_path), list(data.validation_images("voc", str(tmp_path)))) == {}
 
 
 # ------------------------------------------------------------------------------------------ a folder of one's own
@@ -285,13 +286,13 @@ def test_labels_of_a_folder_are_found_by_name(tmp_path):
     """--labels: those that are there; none at all, or no such folder, is an error; without --labels there are none."""
     ids = ["a", "sub/b"]
     write_label(tmp_path / "labels/sub/b.png", np.zeros((2, 2)))
-    assert data.true_label_files("photos", "unused", ids, str(tmp_path / "labels")) \
+    assert ground_truth.true_label_files("photos", "unused", ids, str(tmp_path / "labels")) \
         == {"sub/b": tmp_path / "labels/sub/b.png"}
-    assert data.true_label_files("photos", "unused", ids) == {}
+    assert ground_truth.true_label_files("photos", "unused", ids) == {}
     with pytest.raises(FileNotFoundError, match="--labels .*expected a folder"):
-        data.true_label_files("photos", "unused", ids, str(tmp_path / "nowhere"))
+        ground_truth.true_label_files("photos", "unused", ids, str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match=r"expected PNG files .*\(c\.png, …\), found none"):
-        data.true_label_files("photos", "unused", ["c"], str(tmp_path / "labels"))
+        ground_truth.true_label_files("photos", "unused", ["c"], str(tmp_path / "labels"))
 
 
 # ------------------------------------------------------------------------------------------ pictures of every kind
@@ -455,7 +456,7 @@ def test_training_images_have_no_way_to_a_label(seven):
     item = dataset[0, 1]
     assert len(dataset) == 7 and len(item) == 2 and item[1] == "b"
     assert item[0].shape == (3, 24, 24) and type(item[0]) is torch.Tensor
-    assert dataset.paths == list(seven.values()) and not isinstance(dataset, data.LabelledImages)
+    assert dataset.paths == list(seven.values()) and not isinstance(dataset, ground_truth.LabelledImages)
 
 
 def test_same_seed_same_batches_other_seed_others(seven):
@@ -529,9 +530,9 @@ def test_labelled_images_pair_an_image_with_its_label_at_its_own_size(tmp_path):
     """The image is resized, the label is not; an image without a label is left out."""
     write_voc_tree(tmp_path)
     images = data.validation_images("voc", str(tmp_path))
-    labels = data.true_label_files("voc", str(tmp_path), list(images))
+    labels = ground_truth.true_label_files("voc", str(tmp_path), list(images))
     labels.pop("2007_000033")
-    dataset = data.LabelledImages(images, labels, data.lookup_table("voc", 20), short_side=20)
+    dataset = ground_truth.LabelledImages(images, labels, ground_truth.lookup_table("voc", 20), short_side=20)
     assert len(dataset) == 1
     name, image, true_label = dataset[0]
     assert name == "2007_000042" and image.shape == (3, 20, 28) and true_label.shape == (40, 56)
@@ -543,7 +544,7 @@ def test_labelled_images_pair_an_image_with_its_label_at_its_own_size(tmp_path):
 def test_label_that_does_not_belong_to_its_image_is_named(tmp_path):
     write_photos(tmp_path, "a.png")
     write_label(tmp_path / "label.png", np.zeros((8, 8)))
-    dataset = data.LabelledImages({"a": tmp_path / "a.png"}, {"a": tmp_path / "label.png"}, data.lookup_table("photos", 2), 16)
+    dataset = ground_truth.LabelledImages({"a": tmp_path / "a.png"}, {"a": tmp_path / "label.png"}, ground_truth.lookup_table("photos", 2), 16)
     with pytest.raises(ValueError, match=r"label\.png: expected a label of 40×56 pixels.*found 8×8"):
         dataset[0]
 

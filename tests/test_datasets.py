@@ -20,6 +20,7 @@ import check
 import data
 import distill
 import evaluate
+import ground_truth
 import public_datasets
 import rectify
 import runs
@@ -111,7 +112,7 @@ def test_every_known_name_is_a_dataset_and_no_folder():
 
 def test_cityscapes_label_ids_value_by_value():
     """labelIds 0..33: nineteen are classes, the others ignored, as is 255; nothing else may occur."""
-    table = data.lookup_table("cityscapes", 19)["_gtFine_labelIds.png"]
+    table = ground_truth.lookup_table("cityscapes", 19)["_gtFine_labelIds.png"]
     assert read_as("cityscapes", table) == CITYSCAPES
     assert ignored(table) == [value for value in range(34) if value not in CITYSCAPES] + [255]
     assert (table[34:255] == -1).all()
@@ -119,7 +120,7 @@ def test_cityscapes_label_ids_value_by_value():
 
 def test_cityscapes_train_ids_value_by_value():
     """labelTrainIds: a value is its class, in the order of the ids; 255 is ignored."""
-    tables = data.lookup_table("cityscapes", 19)
+    tables = ground_truth.lookup_table("cityscapes", 19)
     assert list(tables) == ["_gtFine_labelTrainIds.png", "_gtFine_labelIds.png"]
     table = tables["_gtFine_labelTrainIds.png"]
     assert read_as("cityscapes", table) == dict(enumerate(CITYSCAPES.values()))
@@ -129,7 +130,7 @@ def test_cityscapes_train_ids_value_by_value():
 @pytest.mark.parametrize("name, order", [("context", ALPHABETICAL), ("context-voc-first", VOC_FIRST)])
 def test_context_is_read_in_the_order_of_its_name_value_by_value(name, order):
     """1..59 in either order are the same 59 classes; 0 (other) and 255 are ignored."""
-    table = data.lookup_table(name, 59)
+    table = ground_truth.lookup_table(name, 59)
     assert len(order) == len(set(order)) == 59
     assert read_as(name, table) == dict(enumerate(order, start=1))
     assert ignored(table) == [0, 255] and (table[60:255] == -1).all()
@@ -145,7 +146,7 @@ def test_the_two_orders_of_context_train_the_same_classes():
 
 def test_ade_value_by_value():
     """1..150 are the classes, 0 (other) is ignored. Known places of the official list are spot-checked."""
-    table = data.lookup_table("ade", 150)
+    table = ground_truth.lookup_table("ade", 150)
     for value in range(256):
         assert table[value] == (255 if value in (0, 255) else value - 1 if value <= 150 else -1), value
     said = read_as("ade", table)
@@ -157,7 +158,7 @@ def test_ade_value_by_value():
 def test_coco_stuff_value_by_value():
     """All 182 values belong to the group that COCO-Stuff's hierarchy gives them; 255 is unlabelled."""
     assert len(COCO_STUFF_NAMES) == len(set(COCO_STUFF_NAMES)) == 91 and sorted(COCO) == list(range(182))
-    table = data.lookup_table("coco", 27)
+    table = ground_truth.lookup_table("coco", 27)
     assert read_as("coco", table) == COCO
     assert ignored(table) == [255] and (table[182:255] == -1).all()
 
@@ -167,7 +168,7 @@ def test_coco_stuff_value_by_value():
 def test_value_outside_the_table_is_named_with_its_file(tmp_path, name, value, known):
     write_label(tmp_path / "a.png", np.array([[1, value]]))
     with pytest.raises(ValueError, match=rf"a\.png: expected the values {known} and 255; found \[{value}\]"):
-        data.read_label(tmp_path / "a.png", data.lookup_table(name, CLASSES[name]), size=(1, 2))
+        ground_truth.read_label(tmp_path / "a.png", ground_truth.lookup_table(name, CLASSES[name]), size=(1, 2))
 
 
 @pytest.mark.parametrize("encoding, value, known", [("labelIds", 34, r"0\.\.33"), ("labelTrainIds", 19, r"0\.\.18")])
@@ -175,13 +176,13 @@ def test_value_outside_cityscapes_tables_is_named_with_its_file(tmp_path, encodi
     path = tmp_path / f"a_gtFine_{encoding}.png"
     write_label(path, np.array([[7, value]]))
     with pytest.raises(ValueError, match=rf"{encoding}\.png: expected the values {known} and 255; found \[{value}\]"):
-        data.read_label(path, data.lookup_table("cityscapes", 19), size=(1, 2))
+        ground_truth.read_label(path, ground_truth.lookup_table("cityscapes", 19), size=(1, 2))
 
 
 def test_labels_of_another_number_of_classes_are_not_read():
     for name, classes in CLASSES.items():
         with pytest.raises(ValueError, match=f"labels of {name} .* {classes} classes: expected as many.*found 3"):
-            data.refuse_other_classes(name, ["cat", "dog", "cow"])
+            ground_truth.refuse_other_classes(name, ["cat", "dog", "cow"])
 
 
 # ------------------------------------------------------------------------------------------ trees
@@ -195,11 +196,11 @@ def test_images_and_labels_are_found_where_the_archive_puts_them(tmp_path, name,
     train, val, _ = TREES[name]
     assert list(data.training_images(name, root)) == sorted(train)
     assert list(data.validation_images(name, root)) == sorted(val)
-    labels = data.true_label_files(name, root, sorted(val))
+    labels = ground_truth.true_label_files(name, root, sorted(val))
     assert list(labels) == sorted(val) and all(path.is_file() for path in labels.values())
     for image, path in data.validation_images(name, root).items():
         assert image.split("/")[-1] in path.name and image.split("/")[-1] in labels[image].name
-        data.read_label(labels[image], data.lookup_table(name, CLASSES[name]), size=(40, 56))
+        ground_truth.read_label(labels[image], ground_truth.lookup_table(name, CLASSES[name]), size=(40, 56))
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -209,7 +210,7 @@ def test_training_images_are_found_without_any_label(tmp_path, name):
     for folder in ("SegmentationClassContext", "annotations", "gtFine"):
         shutil.rmtree(base / folder, ignore_errors=True)
     assert data.training_images(name, str(tmp_path)) == before
-    assert data.true_label_files(name, str(tmp_path), list(data.validation_images(name, str(tmp_path)))) == {}
+    assert ground_truth.true_label_files(name, str(tmp_path), list(data.validation_images(name, str(tmp_path)))) == {}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -258,16 +259,16 @@ def test_hidden_files_and_other_pictures_are_no_images(tmp_path):
 def test_cityscapes_prefers_train_ids_file_by_file_and_says_so(tmp_path, capsys):
     """Where both lie there labelTrainIds are read, else labelIds; either way the classes are the same."""
     base = write_public_tree("cityscapes", tmp_path)
-    ids, table = TREES["cityscapes"][1], data.lookup_table("cityscapes", 19)
-    before = data.true_label_files("cityscapes", str(tmp_path), ids)
+    ids, table = TREES["cityscapes"][1], ground_truth.lookup_table("cityscapes", 19)
+    before = ground_truth.true_label_files("cityscapes", str(tmp_path), ids)
     assert "2 *_gtFine_labelIds.png" in capsys.readouterr().out
-    expected = data.read_label(before[ids[0]], table, (40, 56))
+    expected = ground_truth.read_label(before[ids[0]], table, (40, 56))
     write_label(base / f"gtFine/val/{ids[0]}_gtFine_labelTrainIds.png", expected)
-    found = data.true_label_files("cityscapes", str(tmp_path), ids)
+    found = ground_truth.true_label_files("cityscapes", str(tmp_path), ids)
     assert [path.name.split("_")[-1] for path in found.values()] == ["labelTrainIds.png", "labelIds.png"]
     said = capsys.readouterr().out
     assert "1 *_gtFine_labelTrainIds.png" in said and "1 *_gtFine_labelIds.png" in said
-    assert np.array_equal(data.read_label(found[ids[0]], table, (40, 56)), expected) and len(np.unique(expected)) > 3
+    assert np.array_equal(ground_truth.read_label(found[ids[0]], table, (40, 56)), expected) and len(np.unique(expected)) > 3
 
 
 def test_curated_list_of_coco_narrows_its_split_alone(tmp_path):
@@ -312,10 +313,10 @@ def test_order_of_context_is_proven_or_refused_by_vocs_labels_beside(tmp_path, c
     """The declared order is confirmed with its share of pixels; under the other name the same files are an error."""
     context_pair(tmp_path, order, voc_folder)
     ids = TREES["context"][1]
-    assert len(data.true_label_files(name, str(tmp_path), ids)) == 2
+    assert len(ground_truth.true_label_files(name, str(tmp_path), ids)) == 2
     assert "rightly" in (said := capsys.readouterr().out) and "100%" in said
     with pytest.raises(ValueError, match=rf"--data {other}: expected labels in the order .*Use --data {name}\."):
-        data.true_label_files(other, str(tmp_path), ids)
+        ground_truth.true_label_files(other, str(tmp_path), ids)
 
 
 def test_order_of_context_that_nothing_proves_is_said_to_be_unproven(tmp_path, capsys):
@@ -323,18 +324,18 @@ def test_order_of_context_that_nothing_proves_is_said_to_be_unproven(tmp_path, c
     write_public_tree("context", tmp_path)
     ids = TREES["context"][1]
     for name, order in (("context", "alphabetical"), ("context-voc-first", "voc-first")):
-        assert len(data.true_label_files(name, str(tmp_path), ids)) == 2
+        assert len(ground_truth.true_label_files(name, str(tmp_path), ids)) == 2
         assert f"in the order {order}. Nothing proves it: no labels" in capsys.readouterr().out
     for image in ids:
         write_label(tmp_path / f"VOCdevkit/VOC2012/SegmentationClass/{image}.png", np.full((40, 56), 19))
-    data.true_label_files("context", str(tmp_path), ids)
+    ground_truth.true_label_files("context", str(tmp_path), ids)
     assert "Nothing proves it: of " in capsys.readouterr().out
 
 
 def test_no_label_of_context_is_opened_to_list_its_training_images(tmp_path, monkeypatch):
     """The check of the order is evaluation's: listing and training never come near it."""
     context_pair(tmp_path, VOC_FIRST, "VOCdevkit/VOC2010/SegmentationClass")
-    monkeypatch.setattr(data, "label_picture", lambda path: pytest.fail(f"{path} was opened"))
+    monkeypatch.setattr(ground_truth, "label_picture", lambda path: pytest.fail(f"{path} was opened"))
     assert len(data.training_images("context", str(tmp_path))) == 4
     assert len(data.validation_images("context", str(tmp_path))) == 2
 

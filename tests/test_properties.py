@@ -20,6 +20,7 @@ from PIL import Image
 import clip
 import data
 import evaluate
+import ground_truth
 import rectify
 import runs
 from clip.tokenizer import END, START, VOCABULARY, byte_letters, vocabulary
@@ -134,7 +135,7 @@ def one_value_labels(folder):
 def value_as_read(path, table) -> int | None:
     """The class that the only pixel of a label gets; None if it is refused by naming file and value."""
     try:
-        return data.read_label(path, table, size=(1, 1)).item()
+        return ground_truth.read_label(path, table, size=(1, 1)).item()
     except ValueError as error:
         assert str(path) in str(error) and f"found [{path.stem}]" in str(error)
         return None
@@ -142,7 +143,7 @@ def value_as_read(path, table) -> int | None:
 
 def test_every_value_of_voc_is_a_class_ignored_or_refused_by_name(one_value_labels):
     """Background and border are ignored, 1..20 are the 20 classes in their order, all others are refused."""
-    table = data.lookup_table("voc", 20)
+    table = ground_truth.lookup_table("voc", 20)
     found = [value_as_read(one_value_labels / f"{value}.png", table) for value in range(256)]
     assert found == [IGNORE, *range(20), *[None] * 234, IGNORE]
 
@@ -150,7 +151,7 @@ def test_every_value_of_voc_is_a_class_ignored_or_refused_by_name(one_value_labe
 def test_every_value_of_a_folder_is_a_class_ignored_or_refused_by_name(one_value_labels):
     """For every number of classes from 2 to 255: the whole table, and the files on both sides of its edges."""
     for classes in range(2, 256):
-        table = data.lookup_table("photos", classes)
+        table = ground_truth.lookup_table("photos", classes)
         assert table.tolist() == [*range(classes), *[-1] * (255 - classes), IGNORE]
         for value in {0, classes - 1, classes, 254, 255}:
             expected = value if value < classes or value == IGNORE else None
@@ -169,7 +170,7 @@ def test_a_written_label_is_read_as_it_was(folder, classes, height, width, mode,
         Image.fromarray(expected.astype(np.uint8)).save(path)
     with Image.open(path) as image:
         assert image.mode == mode
-    found = data.read_label(path, data.lookup_table("photos", classes), size=(height, width))
+    found = ground_truth.read_label(path, ground_truth.lookup_table("photos", classes), size=(height, width))
     assert found.dtype == np.int64 and np.array_equal(found, expected)
 
 

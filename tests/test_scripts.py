@@ -493,6 +493,13 @@ def test_no_label_is_opened_before_training_is_done(voc, place, tiny_clip, name,
         assert any(labels in path for path in opened[trained:])                 # and afterwards it is measured
 
 
+def test_training_does_not_import_what_reads_labels():
+    """Both stages, all that they import, and the ablations: ground_truth.py is not among it."""
+    program = "import sys; sys.path[:0] = [%r]\nimport rectify, distill, ablations, toyland\nprint(*sys.modules)" % str(ROOT)
+    modules = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    assert "rectify" in modules and "data" in modules and "ground_truth" not in modules
+
+
 # ------------------------------------------------------------------------------------------ interruptions
 
 class Interrupted(Exception):

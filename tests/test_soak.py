@@ -73,6 +73,7 @@ def long_runs(folder: Path) -> dict[str, list[int]]:
     import data
     import distill
     import evaluate
+    import ground_truth
     import rectify
     import runs
     from helpers import SMALLEST, quick_recipes, run, write_openai_archive
@@ -103,7 +104,7 @@ def long_runs(folder: Path) -> dict[str, list[int]]:
         flags = ["--data", folder / "measured" / "photos", *common, "--device", "cpu"]
         world = rectify.open_world(evaluate.flags().parse_args([str(flag) for flag in flags]))
         images = data.validation_images(world.name, world.root)
-        labels = data.true_label_files(world.name, world.root, list(images), str(folder / "measured" / "labels"))
+        labels = ground_truth.true_label_files(world.name, world.root, list(images), str(folder / "measured" / "labels"))
         evaluate.measure(world, rectify.cached_query(world), list(evaluate.STAGES), labels)
     return memory
 

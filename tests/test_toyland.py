@@ -13,6 +13,7 @@ from PIL import Image
 
 import clip
 import data
+import ground_truth
 import runs
 import toyland
 
@@ -141,12 +142,12 @@ def test_drawn_dataset_holds_no_truth_of_training_scenes(tmp_path, few_scenes):
 def test_drawn_files_are_the_scenes(tmp_path, few_scenes):
     """Pixel by pixel, image and index label, found by data.py under their ids."""
     images = data.validation_images("toyland", str(tmp_path))
-    labels = data.true_label_files("toyland", str(tmp_path), list(images))
+    labels = ground_truth.true_label_files("toyland", str(tmp_path), list(images))
     assert list(images) == list(labels) == [f"val/000{i}" for i in range(4)]
     assert list(data.training_images("toyland", str(tmp_path))) == [f"train/000{i}" for i in range(3)]
     image, truth = toyland.scene("val", 2)
     assert np.array_equal(np.asarray(data.read_image(images["val/0002"])), image)
-    assert np.array_equal(data.read_label(labels["val/0002"], data.lookup_table("toyland", 16), (96, 128)), truth)
+    assert np.array_equal(ground_truth.read_label(labels["val/0002"], ground_truth.lookup_table("toyland", 16), (96, 128)), truth)
 
 
 def test_missing_file_is_drawn_again_and_others_are_kept(tmp_path, few_scenes):
