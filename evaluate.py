@@ -98,7 +98,6 @@ class Predictor:
     """A stage at test time: what it makes of an image, and how large it wants to see it."""
     logits: Callable[[Tensor], Tensor]      # normalised images (B, 3, H, W) → (B, C, h, w)
     short_side: int                         # as in its own training
-    scale: float                            # softmax(scale · logits) is how probable a class is
     ablation: str = "none"                  # of the recipe that it was trained with
 
 
@@ -110,21 +109,13 @@ def predictors(world: World, query: Tensor, stages: list[str]) -> dict[str, Pred
         if stage in ("vanilla", "maskclip"):
             path = "vanilla" if stage == "vanilla" else recipe.dense_path
             logits = lambda images, path=path: query_logits(world.clip_model.encode_dense(images, path=path), query)
-            found[stage] = Predictor(logits, recipe.short_side, DENOISING_SCALE[stage])
+            found[stage] = Predictor(logits, recipe.short_side)
         elif stage == "rectify":
-            found[stage] = Predictor(rectified(world, query), recipe.short_side, scale_of(stage, recipe), recipe.ablation)
+            found[stage] = Predictor(rectified(world, query), recipe.short_side, recipe.ablation)
         elif stage == "distill":
             recipe, student = distill.load_student(world, query)
-            found[stage] = Predictor(student.logits, recipe.short_side, scale_of(stage, recipe), recipe.ablation)
+            found[stage] = Predictor(student.logits, recipe.short_side, recipe.ablation)
     return found
-
-
-def scale_of(stage: str, recipe) -> float:
-    """What a trained stage's logits are multiplied with before a softmax: an ablation's may be cosines."""
-    if recipe.ablation == "none":
-        return DENOISING_SCALE[stage]
-    import ablations
-    return ablations.DENOISING_SCALE.get((stage, recipe.ablation), DENOISING_SCALE[stage])
 
 
 def title(stage: str, ablation: str = "none") -> str:
@@ -156,7 +147,8 @@ def existing_stages(world: World) -> list[str]:
         return stages
     settings = rectify.load_checkpoint(student, "distill")["settings"]
     fits = all(settings["world"][field] == world.described()[field] for field in ("synonyms", "clip"))    # else it is refused
-    of_clip = settings["recipe"].get("ablation") == "maskclip+"             # a student without a rectification
+    with runs.reading(student):
+        of_clip = settings["recipe"]["ablation"] == "maskclip+"             # a student that needs no rectification
     if fits and teacher.exists() and not of_clip \
             and settings.get("teacher") != distill.teacher_of(rectify.load_checkpoint(teacher, "rectify")):
         print(f"{student} was distilled from another rectification than {teacher}: left out. Make it anew with: "
@@ -232,7 +224,7 @@ def measure(world: World, query: Tensor, stages: list[str], labels: dict[str, Pa
                 if predictor.short_side == short_side:
                     with runs.autocast(world.device, world.precision):
                         logits = predictor.logits(image).float()
-                    predicted = predict(logits, tuple(true_label.shape), denoising, predictor.scale, smoothing,
+                    predicted = predict(logits, tuple(true_label.shape), denoising, DENOISING_SCALE[stage], smoothing,
                                         None if stage == "distill" else keys)
                     confusion[stage] += confusion_matrix(true_label, predicted, classes)
     recipe, metrics = rectify.recipe_of(world), {}
