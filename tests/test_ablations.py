@@ -11,6 +11,8 @@ import copy
 import inspect
 import json
 import math
+import shutil
+import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -294,7 +296,25 @@ def test_fine_tuned_features_are_those_of_the_tuned_tower(world):
     other.visual.load_state_dict(rectifier.tower.state_dict())
     found = rectifier.encode(world.clip_model, IMAGES, "residual")
     assert torch.equal(found, other.encode_dense(IMAGES)) and found.requires_grad
+    taught, _ = distill.teach(rectifier, world.clip_model, IMAGES, QUERY, REFERENCE, dense_path="residual")
+    assert torch.equal(taught, found) and not taught.requires_grad
     assert clip.fingerprint(world.clip_model) == world.fingerprint
+
+
+@pytest.mark.parametrize("ablation", ["none", "fine-tuned", "reclip", "learnable-query"])
+def test_evaluation_has_what_was_trained(world, ablation):
+    """Read from a checkpoint, every part is the trained one: the image tower and the query too."""
+    rectifier, recipe = trained(world, ablation), replace(RECIPE, ablation=ablation)
+    with torch.no_grad():
+        for name, parameter in rectifier.named_parameters():
+            parameter += 0.02 * torch.randn_like(parameter) * name.startswith("tower.")
+        reference = rectify.reference_features(world.clip_model, rectifier.prompt, VOCABULARY.names)
+        _, expected = distill.teach(rectifier, world.clip_model, IMAGES, QUERY, reference, dense_path="residual")
+    runs.save(world.folder("rectify") / "checkpoint.pt", {
+        "stage": "rectify", "step": 1, "weights": rectifier.state_dict(),
+        "settings": runs.plain({"world": world.described(), "recipe": asdict(recipe)})})
+    predictor = evaluate.predictors(world, QUERY, ["rectify"])["rectify"]
+    assert torch.equal(predictor.logits(IMAGES), expected) and predictor.ablation == ablation
 
 
 # ------------------------------------------------------------------------------------------ stage 1: the hypothesis
@@ -566,8 +586,8 @@ class Interrupted(Exception):
     pass
 
 
-def interrupted_and_resumed(monkeypatch, script, out: str, *flags) -> None:
-    """The script breaks off in its third step of four, with one epoch saved, and is resumed."""
+def interrupted_and_resumed(monkeypatch, script, out: str, *flags) -> dict[str, torch.Tensor]:
+    """The script breaks off in its third step of four and is resumed; gives the weights that were saved in between."""
     step, calls = script.train_step, []
 
     def third_fails(*args):
@@ -579,22 +599,26 @@ def interrupted_and_resumed(monkeypatch, script, out: str, *flags) -> None:
     with monkeypatch.context() as patched, pytest.raises(Interrupted):
         patched.setattr(script, "train_step", third_fails)
         run(script, *flags, "--out", out)
-    assert Path(out, "voc", script.__name__, "unfinished/resume.pt").exists()
+    saved = runs.load(Path(out, "voc", script.__name__, "unfinished/resume.pt"), script.__name__)["weights"]
     run(script, *flags, "--out", out, "--resume")
+    return saved
 
 
 def weights_of(stage: str, out: str) -> dict[str, torch.Tensor]:
     return runs.load(Path(out, "voc", stage, "checkpoint.pt"), stage)["weights"]
 
 
-def same_weights(found: dict, expected: dict) -> bool:
-    return found.keys() == expected.keys() and all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+def differing(found: dict, expected: dict) -> set[str]:
+    """The names of the weights that are not the same bits."""
+    assert found.keys() == expected.keys()
+    return {name for name, tensor in expected.items() if not torch.equal(found[name], tensor)}
 
 
 def stage_1_to_the_end(monkeypatch, capsys, voc, ablation: str) -> None:
     run(rectify, *voc, "--ablation", ablation, "--out", "whole")
+    shutil.copytree("whole/voc/cache", "broken/voc/cache")
     interrupted_and_resumed(monkeypatch, rectify, "broken", *voc, "--ablation", ablation)
-    assert same_weights(weights_of("rectify", "broken"), weights_of("rectify", "whole"))
+    assert not differing(weights_of("rectify", "broken"), weights_of("rectify", "whole"))
     assert f"rectified, {ablation}" in capsys.readouterr().out
     run(distill, "--out", "whole")
     recipe = json.loads(Path("whole/voc/distill/recipe.json").read_text())["recipe"]
@@ -610,12 +634,14 @@ def stage_1_to_the_end(monkeypatch, capsys, voc, ablation: str) -> None:
 
 
 def stage_2_to_the_end(monkeypatch, capsys, voc, ablation: str) -> None:
-    for out in ("whole", "broken"):
-        if ablation != "maskclip+":
-            run(rectify, *voc, "--out", out)
+    if ablation != "maskclip+":
+        run(rectify, *voc, "--out", "broken")
+        shutil.copytree("broken", "whole")
+    saved = interrupted_and_resumed(monkeypatch, distill, "broken", *voc, "--ablation", ablation)
     run(distill, *voc, "--ablation", ablation, "--out", "whole")
-    interrupted_and_resumed(monkeypatch, distill, "broken", *voc, "--ablation", ablation)
-    assert same_weights(weights_of("distill", "broken"), weights_of("distill", "whole"))
+    assert not differing(weights_of("distill", "broken"), weights_of("distill", "whole"))
+    learned = {name for name in differing(saved, weights_of("distill", "whole")) if not name.startswith("network.")}
+    assert learned == ({"inherited.classifier.weight", "inherited.classifier.bias"} if ablation == "own-head" else set())
     capsys.readouterr()
     metrics = run(evaluate, "--out", "whole")
     assert f"distilled, {ablation}" in capsys.readouterr().out
@@ -659,7 +685,6 @@ def test_maskclip_plus_stands_beside_any_rectification(voc, capsys):
 @pytest.mark.slow
 def test_ablations_file_is_read_only_when_one_is_named(voc):
     """The two stages and their evaluation run without ablations.py: a first reader may delete it."""
-    import sys
     known = sys.modules.pop("ablations")
     sys.modules["ablations"] = None                                 # to import it is an ImportError
     try:
