@@ -146,13 +146,14 @@ def untrained_teacher(world: World) -> dict:
 
 # ------------------------------------------------------------------------------------------ stage 1: the hypothesis
 
-# ReCLIP's rule: the threshold on 100·cos, and how many classes are taken where none is above it. None is tuned on labels here.
+# ReCLIP's rule: the threshold on 100·cos, and how many classes are taken where none is above it. How its authors chose the
+# thresholds is not known; labels may have helped. They did not help with ours.
 WHOLE_IMAGE = {
     "voc": (23.0, 2), "context": (20.0, 6), "context-voc-first": (20.0, 6), "ade": (21.0, 5), "cityscapes": (21.5, 2),
     "coco": (20.0, 8),                                                          # [reclip]
     "folder": (20.0, 6),                                                        # [ours: Context's, where anything may be]
-    # [ours] Names 5.4 classes in a training scene on average, as the windows do. But others: captions of Toyland name things,
-    # so a whole scene looks like its things, hardly any stuff is ever named, and what is never named dies.
+    # [ours] Names 5.4 classes in a training scene on average, as the windows do. But others: captions of Toyland name
+    # things, so a whole scene looks like its things, hardly any stuff is named, and what is never named dies.
     "toyland": (13.0, 5),
 }
 

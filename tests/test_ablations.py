@@ -623,14 +623,18 @@ def stage_1_to_the_end(monkeypatch, capsys, voc, ablation: str) -> None:
     run(distill, "--out", "whole")
     recipe = json.loads(Path("whole/voc/distill/recipe.json").read_text())["recipe"]
     assert recipe["ablation"] == ablation
-    metrics = run(evaluate, "--out", "whole", "--prompt-denoising", "0.2", "--key-smoothing", "0.7")
+    smooth, calls = evaluate.smooth, []
+    monkeypatch.setattr(evaluate, "smooth", lambda *args: calls.append(1) or smooth(*args))
+    metrics = run(evaluate, "--out", "whole", "--key-smoothing", "1")
+    assert len(calls) == 3 * 2                                      # of two images, all stages but the student, who has no keys
     said = capsys.readouterr().out
-    assert f"rectified, {ablation}" in said and f"distilled, {ablation}" in said and "key smoothing 0.7" in said
+    assert f"rectified, {ablation}" in said and f"distilled, {ablation}" in said and "key smoothing 1.0" in said
     assert {stage: found["fingerprint"]["ablation"] for stage, found in metrics.items()} \
         == {"vanilla": "none", "maskclip": "none", "rectify": ablation, "distill": ablation}
-    refinements = {stage: found["fingerprint"]["refinements"] for stage, found in metrics.items()}
-    assert refinements.pop("distill") == {"prompt_denoising": 0.2}
-    assert all(found == {"prompt_denoising": 0.2, "key_smoothing": 0.7} for found in refinements.values())
+    assert metrics.pop("distill") == json.loads(Path("whole/voc/distill/metrics.json").read_text())
+    assert metrics["rectify"] != json.loads(Path("whole/voc/rectify/metrics.json").read_text())
+    refined = {"prompt_denoising": 0.0, "key_smoothing": 1.0}
+    assert all(found["fingerprint"]["refinements"] == refined for found in metrics.values())
 
 
 def stage_2_to_the_end(monkeypatch, capsys, voc, ablation: str) -> None:
