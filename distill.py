@@ -239,8 +239,8 @@ def train_step(student: Student, teacher_features: Tensor, teacher_logits: Tenso
     masks = rectified_masks(logits, teacher_recipe.mask_scale, teacher_recipe.mask_tau, uniform)
     of_masks = mask_loss(logits, pseudo_label)                                                    #         Eq. 8
     of_features = feature_loss(features, teacher_features)                                        #         Eq. 9
-    loss = chosen(teacher_recipe, text_loss)
-    of_text = loss(features, masks, student.inherited.query, hypothesis, teacher_recipe.loss_scale)       # Eq. 10
+    of_text = chosen(teacher_recipe, text_loss)(features, masks, student.inherited.query, hypothesis,
+                                                teacher_recipe.loss_scale)                        #         Eq. 10
     loss = of_masks + recipe.feature_weight * of_features + recipe.text_weight * of_text
     return loss, {"mask": of_masks.item(), "feature": of_features.item(), "text": of_text.item()}
 
@@ -340,6 +340,7 @@ def world_and_teacher(args: argparse.Namespace) -> tuple[World, dict]:
     if getattr(args, "ablation", "none") == "maskclip+":
         import ablations
         world = open_world(args)
+        rectify.refuse_another_folder(world)
         return world, ablations.untrained_teacher(world)
     checkpoint = rectification(args)
     return open_world(args, checkpoint), checkpoint

@@ -100,7 +100,6 @@ class Predictor:
     logits: Callable[[Tensor], Tensor]      # what `path` names → (B, C, h, w)
     short_side: int                         # as in its own training
     path: str | None                        # of CLIP's dense features (B, D, h, w); None: of the images (B, 3, H, W)
-    scale: float                            # softmax(scale · logits) is how probable a class is
     ablation: str = "none"                  # of the recipe that it was trained with
 
 
@@ -111,14 +110,12 @@ def predictors(world: World, query: Tensor, stages: list[str]) -> dict[str, Pred
     for stage in stages:
         if stage in ("vanilla", "maskclip"):
             path = "vanilla" if stage == "vanilla" else recipe.dense_path
-            found[stage] = Predictor(lambda features: query_logits(features, query), recipe.short_side, path,
-                                     DENOISING_SCALE[stage])
+            found[stage] = Predictor(lambda features: query_logits(features, query), recipe.short_side, path)
         elif stage == "rectify":
             found[stage] = rectified(world, query)
         elif stage == "distill":
             student_recipe, student = distill.load_student(world, query)
-            found[stage] = Predictor(student.logits, student_recipe.short_side, None, scale_of(stage, student_recipe),
-                                     student_recipe.ablation)
+            found[stage] = Predictor(student.logits, student_recipe.short_side, None, student_recipe.ablation)
     return found
 
 
@@ -127,14 +124,6 @@ def logits_of_all(world: World, found: dict[str, Predictor], image: Tensor) -> d
     paths = {predictor.path for predictor in found.values()} - {None}
     seen = world.clip_model.encode_dense_paths(image, paths) if paths else {}
     return {stage: predictor.logits(seen.get(predictor.path, image)).float() for stage, predictor in found.items()}
-
-
-def scale_of(stage: str, recipe) -> float:
-    """What a trained stage's logits are multiplied with before a softmax: an ablation's may be cosines."""
-    if recipe.ablation == "none":
-        return DENOISING_SCALE[stage]
-    import ablations
-    return ablations.DENOISING_SCALE.get((stage, recipe.ablation), DENOISING_SCALE[stage])
 
 
 def title(stage: str, ablation: str = "none") -> str:
@@ -156,9 +145,9 @@ def rectified(world: World, query: Tensor) -> Predictor:
 
     if not rectifier.frozen_clip:                   # an ablation with an image tower of its own
         return Predictor(lambda images: logits(rectifier.encode(world.clip_model, images, recipe.dense_path)),
-                         recipe.short_side, None, scale_of("rectify", recipe), recipe.ablation)
+                         recipe.short_side, None, recipe.ablation)
 
-    return Predictor(logits, recipe.short_side, recipe.dense_path, scale_of("rectify", recipe), recipe.ablation)
+    return Predictor(logits, recipe.short_side, recipe.dense_path, recipe.ablation)
 
 
 def existing_stages(world: World) -> list[str]:
@@ -169,7 +158,8 @@ def existing_stages(world: World) -> list[str]:
         return stages
     settings = rectify.load_checkpoint(student, "distill")["settings"]
     fits = all(settings["world"][field] == world.described()[field] for field in ("synonyms", "clip"))    # else it is refused
-    of_clip = settings["recipe"].get("ablation") == "maskclip+"             # a student without a rectification
+    with runs.reading(student):
+        of_clip = settings["recipe"]["ablation"] == "maskclip+"             # a student that needs no rectification
     if fits and teacher.exists() and not of_clip \
             and settings["teacher"] != distill.teacher_of(rectify.load_checkpoint(teacher, "rectify")):
         print(f"{student} was distilled from another rectification than {teacher}: left out. Make it anew with: "
@@ -245,8 +235,8 @@ def measure(world: World, query: Tensor, stages: list[str], labels: dict[str, Pa
             with runs.autocast(world.device, world.precision):
                 logits = logits_of_all(world, of_size, image)
             keys = world.clip_model.encode_keys(image) if smoothing > 0 else None
-            for stage, predictor in of_size.items():
-                predicted = predict(logits[stage], tuple(true_label.shape), denoising, predictor.scale, smoothing,
+            for stage in of_size:
+                predicted = predict(logits[stage], tuple(true_label.shape), denoising, DENOISING_SCALE[stage], smoothing,
                                     None if stage == "distill" else keys)
                 confusion[stage] += confusion_matrix(true_label, predicted, classes)
     recipe, metrics = rectify.recipe_of(world), {}

@@ -337,7 +337,7 @@ def train_step(rectifier: Rectifier, clip_model: clip.CLIP, images: Tensor, hypo
     decoded = rectifier(features, query, reference, bias)                                         # M_o            Eq. 3, 4
     uniform = torch.rand(decoded.shape, generator=noise, device=decoded.device)
     masks = rectified_masks(decoded, recipe.mask_scale, recipe.mask_tau, uniform)                 # M̂              Eq. 5
-    loss = chosen(recipe, contrastive_loss)
+    loss = chosen(recipe, contrastive_loss)                             # this very function, unless --ablation has another
     return loss(features, masks, query, hypothesis, recipe.loss_scale)                            #                Eq. 7
 
 

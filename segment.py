@@ -150,7 +150,7 @@ def main(args: argparse.Namespace) -> Path:
     with torch.no_grad(), runs.autocast(world.device, world.precision):
         logits = evaluate.logits_of_all(world, found, tensor)[stage]
     threshold = value if kind == "threshold" else None
-    classes = segment(logits, (photo.height, photo.width), len(names), found[stage].scale, threshold)
+    classes = segment(logits, (photo.height, photo.width), len(names), evaluate.DENOISING_SCALE[stage], threshold)
 
     folder = Path(world.out) / "segment"
     runs.refuse_folders(folder, f"{name}_index.png", f"{name}_overlay.png")
