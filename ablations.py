@@ -25,7 +25,8 @@ import clip
 import rectify
 import runs
 from distill import Inherited
-from rectify import Rectifier, World, contrastive_loss, query_logits, subtract_bias
+from rectify import Rectifier, contrastive_loss, query_logits, subtract_bias
+from world import World, stamps_of
 
 # ------------------------------------------------------------------------------------------ stage 1: the rectifier
 
@@ -179,7 +180,7 @@ def whole_image_hypotheses(world: World, query: Tensor, images: dict[str, Path],
 def cached_cosines(world: World, query: Tensor, images: dict[str, Path], recipe: rectify.Recipe) -> Tensor:
     """Cosine of every image with every class by CLIP's global encoder, (images, C), stored like the votes of Eq. 6."""
     key = ("cosines", world.fingerprint, world.vocabulary.synonyms, world.vocabulary.templates, recipe.short_side,
-           world.precision, rectify.stamps_of(images))
+           world.precision, stamps_of(images))
     shape = (len(images), len(query))
     return runs.cached(world.folder("cache"), "cosines", key,
                        make=lambda: whole_image_cosines(world, query, images, recipe.short_side),

@@ -54,9 +54,9 @@ import clip
 import data
 import rectify
 import toyland
-from rectify import (Rectifier, World, build_rectifier, cached_hypotheses, cached_query, chosen, contrastive_loss,
-                     find_checkpoint, load_checkpoint, load_rectifier, open_world, poly_rate, recipe_for, rectified_masks,
-                     reference_features, saved_recipe)
+from rectify import (Rectifier, build_rectifier, cached_hypotheses, cached_query, chosen, contrastive_loss, find_checkpoint,
+                     load_checkpoint, load_rectifier, poly_rate, rectified_masks, reference_features, saved_recipe)
+from world import World, open_world, recipe_for, refuse_another_folder
 
 # ------------------------------------------------------------------------------------------ the recipe
 
@@ -340,7 +340,7 @@ def world_and_teacher(args: argparse.Namespace) -> tuple[World, dict]:
     if getattr(args, "ablation", "none") == "maskclip+":
         import ablations
         world = open_world(args)
-        rectify.refuse_another_folder(world)
+        refuse_another_folder(world)
         return world, ablations.untrained_teacher(world)
     checkpoint = rectification(args)
     return open_world(args, checkpoint), checkpoint

@@ -50,7 +50,8 @@ import distill
 import ground_truth
 import rectify
 from clip.download import sha256
-from rectify import World, cached_query, open_world, query_logits
+from rectify import cached_query, query_logits
+from world import World, open_world
 
 STAGES = {"vanilla": "vanilla CLIP", "maskclip": "MaskCLIP", "rectify": "ReCLIP++ rectified", "distill": "ReCLIP++ distilled"}
 

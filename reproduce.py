@@ -31,20 +31,21 @@ import numpy as np
 import distill
 import evaluate
 import rectify
+from world import open_world, recipe_for
 
 
 def one_seed(args: argparse.Namespace, seed: int) -> dict:
     """The metrics of all stages for one seed; what is in its folder already is used, if it was made with these numbers."""
     known = {name: value for name, value in vars(args).items() if name not in ("seeds", "out", "data")}
     known |= {"seed": seed, "out": str(Path(args.out) / "seeds" / str(seed)), "data": getattr(args, "data", "toyland")}
-    world = rectify.open_world(argparse.Namespace(**known))
+    world = open_world(argparse.Namespace(**known))
     path = world.folder("evaluate") / "metrics.json"
     for stage in (rectify, distill):
         checkpoint = world.folder(stage.__name__) / "checkpoint.pt"
         if checkpoint.exists():
             made = runs.load(checkpoint, stage.__name__)
             world.refuse_misfit(made)
-            recipe = asdict(rectify.recipe_for(world, argparse.Namespace(**known), stage.RECIPES))
+            recipe = asdict(recipe_for(world, argparse.Namespace(**known), stage.RECIPES))
             runs.refuse_unless(checkpoint, "recipe", expected=runs.plain(recipe), found=made["settings"]["recipe"])
         else:
             print(f"\n==== seed {seed} ====")

@@ -44,7 +44,8 @@ from torch import Tensor
 import data
 import evaluate
 import rectify
-from rectify import cached_query, open_world
+from rectify import cached_query
+from world import open_world
 
 # ------------------------------------------------------------------------------------------ background
 

@@ -74,6 +74,7 @@ import evaluate
 import plain
 import rectify
 from clip.tokenizer import vocabulary
+from world import World
 
 # ------------------------------------------------------------------------------------------ sizes
 
@@ -166,11 +167,11 @@ class Bench:
     def autocast(self):
         return runs.autocast(self.device, self.precision)
 
-    def world(self, names: list[str], recipe: rectify.Recipe, rectifier: rectify.Rectifier) -> rectify.World:
+    def world(self, names: list[str], recipe: rectify.Recipe, rectifier: rectify.Rectifier) -> World:
         """A world as the scripts open it, with a checkpoint of stage 1 on disk."""
         words = data.Vocabulary(tuple((name,) for name in names), tuple(data.distinct_colours(len(names))), ("a {}.",))
         out = tempfile.mkdtemp(dir=self.folder.name)
-        world = rectify.World("voc", "data", words, "random", self.model, "random", self.device, self.precision, 0, out)
+        world = World("voc", "data", words, "random", self.model, "random", self.device, self.precision, 0, out)
         runs.save(world.folder("rectify") / "checkpoint.pt",
                   {"stage": "rectify", "settings": {"world": world.described(), "recipe": runs.plain(asdict(recipe))},
                    "weights": rectifier.state_dict()})
