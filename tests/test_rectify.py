@@ -616,16 +616,18 @@ def test_the_recipe_of_voc_is_the_papers():
         dense_path="residual", prompt_length=73, window_ratio=1 / 6, vote_threshold=0.07, mask_scale=100.0, mask_tau=1.0,
         loss_scale=100.0, short_side=336, crop=(336, 336), scale=(0.5, 2.0), distort=True, batch_size=1, learning_rate=0.01,
         momentum=0.9, weight_decay=5e-4, poly_power=0.9, horizon=200, epochs=50,
-        ablation="none")
+        augment_once=False, ablation="none")
 
 
 @pytest.mark.parametrize("stage", [rectify, distill])
 def test_every_dataset_has_a_recipe_that_the_flags_can_change(stage):
-    """Known datasets and folders have a recipe in both stages; --epochs and --batch-size replace their own field."""
+    """Known datasets and folders have a recipe in both stages; --epochs and --batch-size replace their own field, and the
+    learning rate goes with the batch."""
     for name in [*data.KNOWN, "some/folder"]:
         plain = rectify.recipe_for(SimpleNamespace(name=name), Namespace(), stage.RECIPES)
         assert plain == stage.RECIPES["folder" if name == "some/folder" else name]
         changed = rectify.recipe_for(SimpleNamespace(name=name), Namespace(epochs=1000, batch_size=3), stage.RECIPES)
-        allowed = {"epochs": 1000, "batch_size": 3} | ({"horizon": 1000} if stage is rectify else {})
+        allowed = {"epochs": 1000, "batch_size": 3, "learning_rate": pytest.approx(plain.learning_rate * 3 / plain.batch_size)}
+        allowed |= {"horizon": 1000} if stage is rectify else {}
         assert asdict(changed) == asdict(plain) | allowed          # a horizon before the end would make a rate complex
     assert rectify.RECIPES["folder"].vote_threshold == 0            # of unknown images: whatever wins one window
