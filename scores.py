@@ -207,7 +207,7 @@ def predictions(world: World, found: dict[str, Predictor],
 
 def confusions(world: World, found: dict[str, Predictor], labels: dict[str, Path],
                bins: int = BINS) -> dict[str, tuple[Tensor, Tensor]]:
-    """Of each stage, over all images: a confusion matrix for each bin of distance, and the objects in it, `((K, C, C), (K,))`."""
+    """Over all images, for each stage: one confusion matrix a bin of distance, and its objects, `((K, C, C), (K,))`."""
     data.refuse_other_classes(world.name, world.vocabulary.names)
     total: dict[str, tuple[Tensor, Tensor]] = {}
     for true_label, of_stages in predictions(world, found, labels):
