@@ -86,8 +86,9 @@ def connected_pieces(values: Tensor) -> Tensor:
     """The number of the connected piece that each pixel belongs to: (H, W) → (H, W) int64 in 0..N−1.
 
     A piece is pixels of one value that touch along a side (a corner is not enough). Numbers follow reading order.
-    Runs of equal pixels in a row are found first. Where runs of neighbouring rows touch, all but the first of the touching
-    ones point to an earlier one; then they point where that one points; until all of a piece point to its first run.
+    Runs of equal pixels in a row are found first, and each points to itself. Where two runs touch that point to different
+    ones, the later of these points to the earlier, and every run points on to where its target points, until all runs of a
+    piece point to its first.
     """
     begins = torch.ones_like(values, dtype=torch.bool)
     begins[:, 1:] = values[:, 1:] != values[:, :-1]
@@ -98,8 +99,7 @@ def connected_pieces(values: Tensor) -> Tensor:
     first = torch.arange(int(run[-1, -1]) + 1, device=values.device)
     while not torch.equal(*(ends := first[pairs])):
         first.scatter_reduce_(0, ends.amax(dim=0), ends.amin(dim=0), reduce="amin")
-        while not torch.equal(first, further := first[first]):
-            first = further
+        first = first[first]
     return first.unique(return_inverse=True)[1][run]
 
 
@@ -114,10 +114,10 @@ def objects(true_label: Tensor) -> tuple[Tensor, Tensor]:
     a corner is 1. So it is the same for an image at any size.
     """
     H, W = true_label.shape
-    number = connected_pieces(true_label)
-    counted = true_label != data.IGNORE
-    _, number[counted] = number[counted].unique(return_inverse=True)            # without gaps where ignored pieces were
-    number[~counted] = -1
+    piece, counted = connected_pieces(true_label), true_label != data.IGNORE
+    is_object = torch.zeros(int(piece.max()) + 1, dtype=torch.bool, device=piece.device)
+    is_object[piece[counted]] = True
+    number = torch.where(is_object, is_object.cumsum(dim=0) - 1, -1)[piece]     # without gaps where ignored pieces were
     rows, columns = torch.arange(H) - (H - 1) / 2, torch.arange(W) - (W - 1) / 2                  # 0 is the centre
     y, x = (axis.double().to(number.device)[counted] for axis in torch.meshgrid(rows, columns, indexing="ij"))
     pixels = torch.bincount(number[counted])                                                      # (N,)
@@ -130,19 +130,27 @@ def bin_of(distance: Tensor, bins: int) -> Tensor:
     return (distance * bins + 1e-9).long().clamp(max=bins - 1)          # the last bits of a distance must not decide
 
 
-def confusion_by_distance(true_label: Tensor, predicted: Tensor, classes: int, bins: int) -> tuple[Tensor, Tensor]:
-    """One confusion matrix for each bin of distance, and how many objects lie in it: `((K, C, C), (K,))`, both int64.
+def bins_of_pixels(true_label: Tensor, bins: int) -> tuple[Tensor, Tensor]:
+    """In which bin of distance each pixel counts, and how many objects each bin holds: `(place (H, W), counts (K,))`, int64.
 
-    true_label and predicted (H, W). A pixel counts in the bin of the object that it belongs to in truth, wherever the pixel
-    itself lies. So every counted pixel is in one bin, the sum over the bins is `evaluate.confusion_matrix`, and the matrices
-    of many images add up.
+    A pixel's bin is that of the object it belongs to in truth, wherever the pixel itself lies; −1 for ignored pixels.
     """
     number, distance = objects(true_label)
-    counted = number >= 0
-    place = bin_of(distance, bins)                                                                # (N,)
-    cell = (place[number[counted]] * classes + true_label[counted].long()) * classes + predicted[counted].long()
-    return (torch.bincount(cell, minlength=bins * classes * classes).view(bins, classes, classes),
-            torch.bincount(place, minlength=bins))
+    of_object = bin_of(distance, bins)                                                            # (N,)
+    place = torch.full_like(number, -1)
+    place[number >= 0] = of_object[number[number >= 0]]
+    return place, torch.bincount(of_object, minlength=bins)
+
+
+def confusion_by_distance(true_label: Tensor, place: Tensor, predicted: Tensor, classes: int, bins: int) -> Tensor:
+    """One confusion matrix for each bin of distance: (K, C, C) int64, truth in rows.
+
+    true_label, place (of `bins_of_pixels`) and predicted: (H, W). Every counted pixel is in one bin, so the sum over the
+    bins is `evaluate.confusion_matrix`, and the matrices of many images add up.
+    """
+    counted = place >= 0
+    cell = (place[counted] * classes + true_label[counted].long()) * classes + predicted[counted].long()
+    return torch.bincount(cell, minlength=bins * classes * classes).view(bins, classes, classes)
 
 
 def distance_curve(confusion: Tensor) -> Tensor:
@@ -209,12 +217,16 @@ def confusions(world: World, found: dict[str, Predictor], labels: dict[str, Path
                bins: int = BINS) -> dict[str, tuple[Tensor, Tensor]]:
     """Over all images, for each stage: one confusion matrix a bin of distance, and its objects, `((K, C, C), (K,))`."""
     data.refuse_other_classes(world.name, world.vocabulary.names)
-    total: dict[str, tuple[Tensor, Tensor]] = {}
+    classes = len(world.vocabulary)
+    total = {stage: (torch.zeros(bins, classes, classes, dtype=torch.int64), torch.zeros(bins, dtype=torch.int64))
+             for stage in found}
     for true_label, of_stages in predictions(world, found, labels):
+        place, objects_in = bins_of_pixels(true_label, bins)
         for stage, predicted in of_stages.items():
-            new = confusion_by_distance(true_label.cpu(), predicted.cpu(), len(world.vocabulary), bins)
-            total[stage] = tuple(map(torch.add, total[stage], new)) if stage in total else new
-    return {stage: total[stage] for stage in found}
+            confusion, counts = total[stage]
+            confusion += confusion_by_distance(true_label, place, predicted, classes, bins).cpu()
+            counts += objects_in.cpu()
+    return total
 
 
 def preferences(confusion: Tensor, counts: Tensor) -> dict:

@@ -193,7 +193,8 @@ def voc(place, tiny_clip):
     return place
 
 
-ALL = ["figure1_confusion.png", "figure1_distance.png", "figure3_hypothesis.png", "figure4_logits.png", "figure5_results.png"]
+ALL = ["figure1_confusion.png", "figure1_distance.png", "figure3_hypothesis.png", "figure4_logits.png",
+       "figure5_results.png"]
 
 
 def test_every_figure_of_the_newest_run_is_a_picture_of_readme_width(voc, capsys):
@@ -246,7 +247,7 @@ def test_maps_are_those_that_the_stage_computes(voc):
 
 
 def test_figure_5_shows_what_comes_after_vanilla_clip(voc, monkeypatch):
-    """Image, MaskCLIP, rectified, distilled, truth; vanilla CLIP is in no figure of the paper's results."""
+    """Image, MaskCLIP, rectified, distilled, truth."""
     seen, picture_sheet = [], evaluate.picture_sheet
     monkeypatch.setattr(evaluate, "picture_sheet",
                         lambda *args, **more: seen.append((args, more)) or picture_sheet(*args, **more))

@@ -186,6 +186,12 @@ def random_prediction(seed, label, classes=3, right=0.5):
     return torch.where((torch.rand(label.shape, generator=generator) < right) & (label != IGNORE), label, said)
 
 
+def by_distance(label, predicted, classes, bins):
+    """(matrices of the bins (K, C, C), objects in them (K,)) of one image."""
+    place, counts = scores.bins_of_pixels(label, bins)
+    return scores.confusion_by_distance(label, place, predicted, classes, bins), counts
+
+
 def enlarged(picture, times):
     return picture.repeat_interleave(times, dim=0).repeat_interleave(times, dim=1)
 
@@ -196,7 +202,7 @@ def test_matrices_of_bins_equal_a_loop_over_objects(seed, H, W, bins):
     """Each pixel in the bin of its own object; all bins together are the confusion matrix of evaluate.py."""
     label = random_label(seed, H, W)
     predicted = random_prediction(seed, label)
-    found, counts = scores.confusion_by_distance(label, predicted, 3, bins)
+    found, counts = by_distance(label, predicted, 3, bins)
     expected, objects_in = torch.zeros(bins, 3, 3, dtype=torch.int64), [0] * bins
     number, distance = scores.objects(label)
     for one, far in enumerate(distance.tolist()):
@@ -269,7 +275,7 @@ def scene_of_dots(size=41, step=8):
 
 def test_model_that_is_right_everywhere_has_a_level_curve_at_one():
     label = scene_of_dots()
-    confusion, counts = scores.confusion_by_distance(label, label.clamp(max=1), 2, bins=10)
+    confusion, counts = by_distance(label, label.clamp(max=1), 2, bins=10)
     curve = scores.distance_curve(confusion)
     assert counts.sum() == 25 and (curve[counts > 0] == 1).all() and curve[counts == 0].isnan().all()
     assert scores.space_preference(curve, counts) == pytest.approx(0, abs=1e-12)
@@ -280,7 +286,7 @@ def test_model_that_is_right_only_in_the_centre_falls_from_one_to_nought():
     label = scene_of_dots()
     number, distance = scores.objects(label)
     predicted = torch.where((number >= 0) & (distance[number] < 0.5), label, 2).clamp(max=2)
-    confusion, counts = scores.confusion_by_distance(label, predicted, 3, bins=10)
+    confusion, counts = by_distance(label, predicted, 3, bins=10)
     curve = scores.distance_curve(confusion)
     held = counts > 0
     assert curve[held].tolist() == [1.0 if x < 0.5 else 0.0 for x in scores.bin_middles(10)[held].tolist()]
@@ -292,7 +298,7 @@ def test_model_that_is_right_only_in_the_centre_falls_from_one_to_nought():
 def test_model_that_always_says_one_class_has_a_level_curve():
     """It finds that class wholly everywhere and the other nowhere: ½ · IoU in each bin that holds both, at any distance."""
     label = scene_of_dots()
-    confusion, counts = scores.confusion_by_distance(label, torch.zeros_like(label), 2, bins=2)
+    confusion, counts = by_distance(label, torch.zeros_like(label), 2, bins=2)
     curve = scores.distance_curve(confusion)
     assert (confusion.sum(dim=2) > 0).all()                                                 # both classes in either bin
     assert curve.tolist() == pytest.approx([13 / 25 / 2] * 2) and scores.space_preference(curve, counts) == pytest.approx(0)
@@ -304,10 +310,10 @@ def test_curve_depends_neither_on_the_order_of_classes_nor_on_the_image_s_size(s
     """Renamed in truth and prediction alike; every pixel a block of pixels."""
     label = random_label(seed, 7, 9)
     predicted = random_prediction(seed, label)
-    confusion, counts = scores.confusion_by_distance(label, predicted, 3, bins=6)
+    confusion, counts = by_distance(label, predicted, 3, bins=6)
     table = torch.tensor([*order, *[IGNORE] * 253])
-    renamed, same = scores.confusion_by_distance(table[label], table[predicted], 3, bins=6)
-    larger, as_many = scores.confusion_by_distance(enlarged(label, times), enlarged(predicted, times), 3, bins=6)
+    renamed, same = by_distance(table[label], table[predicted], 3, bins=6)
+    larger, as_many = by_distance(enlarged(label, times), enlarged(predicted, times), 3, bins=6)
     assert torch.equal(counts, same) and torch.equal(counts, as_many) and torch.equal(larger, times ** 2 * confusion)
     curve = scores.distance_curve(confusion).tolist()
     assert scores.distance_curve(renamed).tolist() == pytest.approx(curve, nan_ok=True)
