@@ -260,9 +260,10 @@ def embeddings(world: World, query: Tensor, stages: list[str]) -> dict[str, Pred
 
     vanilla, maskclip   CLIP's dense features, the one through the attention of the last block, the other past it (Z).
     rectify             the decoder's output M_o, C channels. Stage 1 leaves Z as it is: a probe of Z would measure MaskCLIP
-                        a second time. M_o is all that rectification makes of a pixel, and it is linear in nothing else.
-    distill             the student's Ẑ, which is what the paper's Table I can mean: the distilled model has no other
-                        embedding, and its D channels are those that Eq. 9 teaches.
+                        a second time. M_o is all that rectification adds to a pixel. With fewer channels than Z (C for D)
+                        it may know less than Z: it shows what the decoder keeps.
+    distill             the student's Ẑ. Table I's one number for ReCLIP++ can only mean this: it is the one embedding that
+                        the method trains.
     """
     found = evaluate.predictors(world, query, stages)
     for stage, predictor in found.items():
