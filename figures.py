@@ -254,7 +254,7 @@ def png(figure: Figure) -> bytes:
     return file.getvalue()
 
 
-def small_enough(content: bytes, largest: int = LARGEST) -> bytes:
+def small_enough(content: bytes, largest: int) -> bytes:
     """A PNG of at most `largest` bytes: as it is if it fits, else with 256 colours, else smaller in steps of a tenth."""
     with Image.open(io.BytesIO(content)) as opened:
         picture = opened.convert("RGB")
@@ -308,7 +308,7 @@ def main(args: argparse.Namespace) -> list[Path]:
         drawn["figure5_results"] = path.read_bytes()
     paths = [folder / f"{name}.png" for name in drawn]
     for path, content in zip(paths, drawn.values()):
-        content = small_enough(content)
+        content = small_enough(content, LARGEST)
         runs.write_atomically(path, lambda file: file.write(content))
         print(f"Wrote {path}")
     return paths

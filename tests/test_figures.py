@@ -164,12 +164,12 @@ def noise(height, width):
 
 def test_small_pictures_stay_as_they_are_and_large_ones_become_small_enough():
     """Noise is the worst a PNG can hold: first its colours go, then its size."""
-    assert figures.small_enough(noise(50, 60)) == noise(50, 60)
-    found = figures.small_enough(noise(600, 800))
-    assert len(found) <= figures.LARGEST
+    assert figures.small_enough(noise(50, 60), 300_000) == noise(50, 60)
+    found = figures.small_enough(noise(600, 800), 300_000)
+    assert len(found) <= 300_000
     with Image.open(io.BytesIO(found)) as picture:
         assert 300 < picture.height < 600 and picture.width / picture.height == pytest.approx(800 / 600, abs=0.01)
-    with Image.open(io.BytesIO(figures.small_enough(noise(400, 500)))) as picture:
+    with Image.open(io.BytesIO(figures.small_enough(noise(400, 500), 300_000))) as picture:
         assert picture.size == (500, 400) and picture.mode == "P"               # 256 colours were enough
 
 
@@ -255,6 +255,11 @@ def test_figure_5_shows_what_comes_after_vanilla_clip(voc, monkeypatch):
     [(args, more)] = seen
     assert args[2] == ["maskclip", "rectify", "distill"] and len(args[3]) == 2 and more["height"] > 144
     assert os.listdir("runs/voc/figures") == ["figure5_results.png"]
+
+
+def test_every_file_is_made_small_enough(voc, monkeypatch):
+    monkeypatch.setattr(figures, "LARGEST", 20_000)
+    assert all(path.stat().st_size <= 20_000 for path in run(figures, "--only", "4", "5"))
 
 
 def test_chosen_classes_on_chosen_images_are_drawn(voc, monkeypatch, capsys):
