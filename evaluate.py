@@ -34,7 +34,7 @@ def flags() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     FLAGS = flags().parse_args()            # before torch is imported: --help answers at once
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -218,28 +218,37 @@ DENOISING_SCALE = {"vanilla": 100.0, "maskclip": 100.0, "rectify": 10.0, "distil
 
 
 @torch.no_grad()
-def measure(world: World, query: Tensor, stages: list[str], labels: dict[str, Path], denoising: float = 0.0,
-            smoothing: float = 0.0) -> dict:
-    """Metrics of each stage on the labelled validation images; one pass over them for all stages of one image size."""
+def predictions(world: World, found: dict[str, Predictor], labels: dict[str, Path], denoising: float = 0.0,
+                smoothing: float = 0.0) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """Labelled validation images one by one: `(true_label (H, W), {stage: predicted (H, W)})`.
+
+    An image comes once for all stages of one short side, so twice where the student has another than CLIP.
+    """
     ground_truth.refuse_other_classes(world.name, world.vocabulary.names)
-    found = predictors(world, query, stages)
-    classes = len(world.vocabulary)
-    confusion = {stage: torch.zeros(classes, classes, dtype=torch.int64, device=world.device) for stage in stages}
+    table, patch = ground_truth.lookup_table(world.name, len(world.vocabulary)), world.clip_model.visual.patch_size
     for short_side in sorted({predictor.short_side for predictor in found.values()}):
         of_size = {stage: predictor for stage, predictor in found.items() if predictor.short_side == short_side}
-        table = ground_truth.lookup_table(world.name, classes)
-        dataset = ground_truth.LabelledImages(world.validation_images, labels, table, short_side,
-                                              world.clip_model.visual.patch_size)
+        dataset = ground_truth.LabelledImages(world.validation_images, labels, table, short_side, patch)
         loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=world.workers)
         for _, image, true_label in tqdm(loader, desc="evaluating", unit="image"):
             image, true_label = image[None].to(world.device), true_label.to(world.device)
             with runs.autocast(world.device, world.precision):
                 logits = logits_of_all(world, of_size, image)
             keys = world.clip_model.encode_keys(image) if smoothing > 0 else None
-            for stage in of_size:
-                predicted = predict(logits[stage], tuple(true_label.shape), denoising, DENOISING_SCALE[stage], smoothing,
-                                    None if stage == "distill" else keys)
-                confusion[stage] += confusion_matrix(true_label, predicted, classes)
+            yield true_label, {stage: predict(one, tuple(true_label.shape), denoising, DENOISING_SCALE[stage], smoothing,
+                                              None if stage == "distill" else keys) for stage, one in logits.items()}
+
+
+@torch.no_grad()
+def measure(world: World, query: Tensor, stages: list[str], labels: dict[str, Path], denoising: float = 0.0,
+            smoothing: float = 0.0) -> dict:
+    """Metrics of each stage on the labelled validation images."""
+    found = predictors(world, query, stages)
+    classes = len(world.vocabulary)
+    confusion = {stage: torch.zeros(classes, classes, dtype=torch.int64, device=world.device) for stage in stages}
+    for true_label, of_stages in predictions(world, found, labels, denoising, smoothing):
+        for stage, predicted in of_stages.items():
+            confusion[stage] += confusion_matrix(true_label, predicted, classes)
     recipe, metrics = rectify.recipe_of(world), {}
     for stage in stages:
         checkpoint = world.folder(stage) / "checkpoint.pt"
@@ -247,7 +256,7 @@ def measure(world: World, query: Tensor, stages: list[str], labels: dict[str, Pa
         if smoothing > 0 and stage != "distill":
             refinements["key_smoothing"] = smoothing
         metrics[stage] = measures(confusion[stage].cpu(), world.vocabulary.names) | {"fingerprint": {
-            "stage": stage, "data": world.name, "images": len(dataset), "classes": world.vocabulary.names,
+            "stage": stage, "data": world.name, "images": len(labels), "classes": world.vocabulary.names,
             "short_side": found[stage].short_side, "refinements": refinements, "ablation": found[stage].ablation,
             "precision": world.precision, "clip": world.fingerprint, "dense_path": recipe.dense_path,
             "weights": sha256(checkpoint)[:16] if checkpoint.exists() else None}}

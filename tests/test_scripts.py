@@ -32,7 +32,7 @@ from conftest import ROOT
 from helpers import (SMALLEST, VOC_BASE, photo, quick_recipes, refusal, run, write_label, write_openai_archive, write_photos,
                      write_voc_tree)
 
-SCRIPTS = ["check", "distill", "evaluate", "rectify", "segment", "toyland"]
+SCRIPTS = ["check", "distill", "evaluate", "figures", "rectify", "scores", "segment", "toyland"]
 FIELDS = {"miou", "pixel_accuracy", "per_class_iou", "fingerprint"}
 
 

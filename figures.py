@@ -1,0 +1,319 @@
+"""The paper's figures, drawn for the newest run.
+
+    python figures.py                          figures 1, 4 and 5
+    python figures.py --points points.json     figure 3 too, from points that were measured elsewhere
+    python figures.py --only 4 --show val/0007:car val/0040:grass
+
+figure 1    where and what a model prefers: mIoU against the distance of objects from the centre, confusion of classes
+figure 3    mIoU against the threshold t and the window ratio r of the multi-label hypothesis
+figure 4    query, bias and rectified logits of a class as heat maps
+figure 5    images, every stage's classes, the truth
+
+Opens labels for figures 1 and 5, after all training, as evaluate.py does; without labels 1 is left out. Reads the
+checkpoints of one run, writes runs/<data>/figures/*.png. Nothing here computes a measure: scores.py does.
+
+    C classes · H,W pixels · h,w patches · K bins of distance
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import runs
+
+
+def flags() -> argparse.ArgumentParser:
+    parser = runs.common_flags(__doc__, training=False)
+    extra = parser.add_argument_group("figures")
+    extra.add_argument("--only", nargs="+", type=int, choices=(1, 3, 4, 5), default=argparse.SUPPRESS, metavar="N",
+                       help="draw these alone, of 1, 3, 4, 5 (default: all that can be drawn)")
+    extra.add_argument("--labels", metavar="DIR", default=None,
+                       help="index pictures of a folder of your own images: same names, .png, value = class, 255 ignored")
+    extra.add_argument("--points", metavar="FILE", default=None,
+                       help='figure 3: JSON {"t": [[share, mIoU], …], "r": [[ratio, mIoU], …], "whole image": mIoU}, mIoU '
+                            'in percent; t or r, and the last, may be missing')
+    extra.add_argument("--show", nargs="+", metavar="ID:CLASS", default=None,
+                       help="figure 4: these classes on these validation images (default: on some images the class whose "
+                            "area rectification changes most)")
+    return parser
+
+
+if __name__ == "__main__":
+    FLAGS = flags().parse_args()            # before torch is imported: --help answers at once
+
+import io
+import json
+import math
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure        # without pyplot: no window, no state, always the Agg canvas
+from PIL import Image
+from torch import Tensor
+
+import data
+import evaluate
+import rectify
+import scores
+from evaluate import STAGES
+from world import World
+
+# Okabe and Ito's colours, told apart by nearly everybody; a marker and a dash each for those who see none of them.
+LINES = {"vanilla": ("#999999", "s", ":"), "maskclip": ("#E69F00", "o", "--"), "rectify": ("#0072B2", "^", "-"),
+         "distill": ("#009E73", "D", "-.")}
+SHADES = "cividis"              # from dark blue to yellow, evenly brighter: the same order without colour
+WIDTH, DPI = 8.3, 100           # inches and dots per inch: 830 pixels are what a README shows
+LARGEST = 300_000               # bytes of a picture
+
+# ------------------------------------------------------------------------------------------ figure 1
+
+
+def distance_figure(curves: dict[str, Tensor], counts: Tensor) -> Figure:
+    """Figure 1, left: mIoU against the distance of objects from the image's centre, a line a stage.
+
+    curves: stage → (K,) in [0, 1] of `scores.distance_curve`; counts (K,): objects in each bin, the bars behind the lines.
+    Bins without objects are gaps. The legend names each line's slope, the space-preference score.
+    """
+    figure = Figure(figsize=(WIDTH, 4), layout="constrained")
+    axes, x = figure.subplots(), scores.bin_middles(len(counts)).numpy()
+    behind = axes.twinx()
+    behind.bar(x, counts.numpy(), width=0.9 / len(counts), color="#E8E8E8", label="objects")
+    behind.set_ylabel("objects (bars)", color="#777777")
+    behind.tick_params(colors="#777777")
+    behind.set_ylim(0, 2.5 * int(counts.max()))
+    for stage, curve in curves.items():
+        colour, marker, dash = LINES[stage]
+        label = f"{STAGES[stage]}, slope {scores.space_preference(curve, counts):+.2f}".replace("-", "−")
+        axes.plot(x, 100 * curve.numpy(), color=colour, marker=marker, linestyle=dash, label=label)
+    axes.set_zorder(behind.get_zorder() + 1)                # lines before the bars
+    axes.patch.set_visible(False)
+    axes.set(xlim=(0, 1), ylim=(0, None), xlabel="distance of an object's centroid from the image's centre (half diagonals)",
+             ylabel="mIoU (percent)")
+    axes.legend(frameon=False, fontsize=9, ncols=2, loc="upper center", bbox_to_anchor=(0.5, 1.2))
+    return figure
+
+
+def confusion_figure(confusions: dict[str, Tensor], names: list[str]) -> Figure:
+    """Figure 1, right: what each true class is called, in percent of its pixels; two stages side by side.
+
+    confusions: stage → (C, C) counts. Rows of classes that the truth does not hold are white. Up to 30 classes are named.
+    """
+    C = len(names)
+    figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
+    panels = figure.subplots(1, len(confusions), sharey=True, squeeze=False)[0]
+    for axes, (stage, confusion) in zip(panels, confusions.items()):
+        picture = axes.imshow(100 * scores.row_shares(confusion).numpy(), vmin=0, vmax=100, cmap=SHADES)
+        axes.set_title(f"{STAGES[stage]}, class preference {scores.class_preference(confusion):.2f}", fontsize=10)
+        axes.set_xlabel("predicted class")
+        if C <= 30:
+            size = 8 if C <= 20 else 6
+            axes.set_xticks(range(C), names, rotation=90, fontsize=size)
+            axes.set_yticks(range(C), names, fontsize=size)
+    panels[0].set_ylabel("true class")
+    figure.colorbar(picture, ax=panels, label="share of the true class's pixels (percent)", shrink=0.7)
+    return figure
+
+
+# ------------------------------------------------------------------------------------------ figure 3
+
+
+def read_points(path: Path) -> dict:
+    """`--points` → {"t": [[share, mIoU], …], "r": …, "whole image": mIoU}. Raises FileNotFoundError, ValueError."""
+    if not path.is_file():
+        raise FileNotFoundError(f"--points {path}: expected a JSON file of measured points, found no such file.")
+    try:
+        points = json.loads(path.read_text(encoding="utf-8"))
+        kept = {name: [(float(x), float(y)) for x, y in points[name]] for name in ("t", "r") if points.get(name)}
+        if "whole image" in points:
+            kept["whole image"] = float(points["whole image"])
+        numbers = [value for name in ("t", "r") for pair in kept.get(name, []) for value in pair]
+        if not numbers or not all(map(math.isfinite, [*numbers, kept.get("whole image", 0.0)])):
+            raise ValueError("no points, or infinite ones")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f'--points {path}: expected {{"t": [[share, mIoU], …], "r": [[ratio, mIoU], …], "whole image": '
+                         f"mIoU}} with numbers, found something else ({error}).") from error
+    return kept
+
+
+def hypothesis_figure(points: dict) -> Figure:
+    """Figure 3: mIoU against t and against r of Eq. 6, with the whole-image rule as a level line where it was measured.
+
+    points: "t" and "r": pairs (value, mIoU in percent) in any order, either may be missing; "whole image": mIoU in percent.
+    """
+    figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
+    said = {"t": "threshold t (percent of an image's windows)", "r": "window ratio r (of the image's height and width)"}
+    shown = [name for name in said if name in points]
+    for axes, name in zip(figure.subplots(1, len(shown), sharey=True, squeeze=False)[0], shown):
+        x, y = zip(*sorted(points[name]))
+        x = [100 * value for value in x] if name == "t" else x
+        axes.plot(x, y, color="#0072B2", marker="o", label="windows (Eq. 6)")
+        if "whole image" in points:
+            axes.axhline(points["whole image"], color="#D55E00", linestyle="--", label="whole-image rule")
+        axes.set(xlabel=said[name], ylabel="mIoU (percent)" if name == shown[0] else "")
+        axes.grid(color="#E8E8E8")
+        axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+# ------------------------------------------------------------------------------------------ figure 4
+
+MAPS = {"query": "query logits $M_q$", "bias": "bias logits $M_b$", "rectified": "rectified $M_q - M_b$",
+        "decoded": "decoded $M_o$"}
+
+
+@torch.no_grad()
+def logit_maps(world: World, query: Tensor, picture: Image.Image) -> dict[str, Tensor]:
+    """What stage 1 makes of an image, step by step, each (C, h, w): M_q, M_b (Eq. 2), M (Eq. 3) and M_o (Eq. 4)."""
+    checkpoint = rectify.load_checkpoint(world.folder("rectify") / "checkpoint.pt", "rectify")
+    recipe, rectifier = rectify.load_rectifier(world, checkpoint)
+    image = data.to_tensor(data.short_side_to(picture, recipe.short_side, world.clip_model.visual.patch_size))[None]
+    features = world.clip_model.encode_dense(image.to(world.device), path=recipe.dense_path)
+    reference = rectify.reference_features(world.clip_model, rectifier.prompt, world.vocabulary.names)
+    positions = world.clip_model.visual.patch_positions(*features.shape[-2:])
+    query_map = rectify.query_logits(features, query)
+    bias = rectifier.bias(positions, reference)
+    return {"query": query_map[0], "bias": bias, "rectified": rectify.subtract_bias(query_map, bias)[0],
+            "decoded": rectifier(features, query, reference, bias)[0]}
+
+
+def most_changed_class(before: Tensor, after: Tensor) -> int:
+    """The class whose area differs most between two label maps (H, W): the one that a rectification is best seen at."""
+    classes = 1 + max(int(before.max()), int(after.max()))
+    area = [torch.bincount(one.flatten(), minlength=classes) for one in (before, after)]
+    return int((area[0] - area[1]).abs().argmax())
+
+
+def heat_figure(rows: list[tuple[Image.Image, str, dict[str, Tensor]]]) -> Figure:
+    """Figure 4: the image, then the logits of one class as heat maps; a row for each pair of image and class.
+
+    rows: image, class name, maps of that class (h, w) under the names of MAPS. A colour bar below each column: every column
+    has one range for all its rows, so that rows can be compared; columns differ, as query logits are cosines, and decoded
+    logits are not.
+    """
+    shapes = [picture.height / picture.width for picture, *_ in rows]
+    figure = Figure(figsize=(WIDTH, sum(shapes) * WIDTH / 5.2 + 0.06 * len(rows) + 0.7), layout="constrained")
+    panels = figure.subplots(len(rows) + 1, 1 + len(MAPS), squeeze=False, height_ratios=[*shapes, 0.07])
+    for axes, (picture, name, _) in zip(panels[:, 0], rows):
+        axes.imshow(np.asarray(picture))
+        axes.set_ylabel(name, fontsize=11)
+    for column, (kind, title) in enumerate(MAPS.items(), start=1):
+        values = [maps[kind].cpu().numpy() for *_, maps in rows]
+        low, high = min(map(np.min, values)), max(map(np.max, values))
+        for axes, value, (picture, *_) in zip(panels[:, column], values, rows):
+            drawn = axes.imshow(value, vmin=low, vmax=high, cmap=SHADES, interpolation="nearest",
+                                extent=(0, picture.width, picture.height, 0))
+        panels[0, column].set_title(title, fontsize=10)
+        bar = figure.colorbar(drawn, cax=panels[-1, column], orientation="horizontal")
+        bar.ax.locator_params(nbins=4)
+        bar.ax.tick_params(labelsize=8)
+    panels[0, 0].set_title("image, class", fontsize=10)
+    panels[-1, 0].axis("off")
+    panels[-1, 0].text(0.5, 0.5, "logit", ha="center", va="center", fontsize=9)
+    for axes in panels[:-1].flat:
+        axes.set(xticks=[], yticks=[])
+    return figure
+
+
+def parse_pairs(given: list[str], ids: list[str], names: list[str]) -> list[tuple[str, int]]:
+    """`--show` → image ids with class numbers. Raises ValueError for one that is no validation image or no class."""
+    pairs = []
+    for text in given:
+        image, _, name = text.rpartition(":")
+        if image not in ids or name not in names:
+            raise ValueError(f"--show {text}: expected ID:CLASS, a validation image ({ids[0]}, …) and one of the classes "
+                             f"{', '.join(names[:8])}, …; found another {'class' if image in ids else 'image'}.")
+        pairs.append((image, names.index(name)))
+    return pairs
+
+
+@torch.no_grad()
+def telling_pairs(world: World, query: Tensor, count: int = 4) -> list[tuple[str, int]]:
+    """Some validation images, evenly spaced, each with the class that rectification changes most. Opens no label."""
+    pairs, found = [], evaluate.predictors(world, query, ["maskclip", "rectify"])
+    for image in scores.evenly_spaced(list(world.validation_images), count):
+        picture = data.read_image(world.validation_images[image])
+        said = []
+        for predictor in found.values():
+            resized = data.short_side_to(picture, predictor.short_side, world.clip_model.visual.patch_size)
+            logits = evaluate.logits_of_all(world, {"": predictor}, data.to_tensor(resized)[None].to(world.device))[""]
+            said.append(evaluate.predict(logits, (picture.height, picture.width)))
+        pairs.append((image, most_changed_class(*said)))
+    return pairs
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+FILES = ("figure1_distance", "figure1_confusion", "figure3_hypothesis", "figure4_logits", "figure5_results")
+
+
+def png(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=DPI)
+    return file.getvalue()
+
+
+def small_enough(content: bytes, largest: int) -> bytes:
+    """A PNG of at most `largest` bytes: as it is if it fits, else with 256 colours, else smaller in steps of a tenth."""
+    with Image.open(io.BytesIO(content)) as opened:
+        picture = opened.convert("RGB")
+    width, height, scale = *picture.size, 1.0
+    while len(content) > largest and min(width, height) * scale > 64:
+        file = io.BytesIO()
+        resized = picture.resize((round(width * scale), round(height * scale)), Image.Resampling.LANCZOS)
+        resized.quantize(256, dither=Image.Dither.NONE).save(file, format="PNG", optimize=True)
+        content, scale = file.getvalue(), scale - 0.1
+    return content
+
+
+# ------------------------------------------------------------------------------------------ the run
+
+
+def main(args: argparse.Namespace) -> list[Path]:
+    """Draw the figures that can be drawn for the newest run (or for `--data`) and return their paths."""
+    wanted = getattr(args, "only", [1, 3, 4, 5])
+    points = read_points(Path(args.points)) if args.points is not None else None
+    world, query, labels, stages = scores.open_measured(args)
+    names, folder = world.vocabulary.names, world.folder("figures")
+    runs.refuse_folders(folder, *(f"{name}.png" for name in FILES))
+    pairs = parse_pairs(args.show, list(world.validation_images), names) if args.show else None
+    drawn: dict[str, bytes] = {}
+    for number, missing in ((1, "" if labels else f"no labels of {world.name} for these classes"),
+                            (3, "" if points else "no --points, which are measured elsewhere"),
+                            (4, "" if "rectify" in stages else f"no checkpoint in {world.folder('rectify')}")):
+        if number in wanted and missing:
+            print(f"Figure {number} is left out: {missing}.")
+            wanted = [other for other in wanted if other != number]
+    if 1 in wanted:
+        found = scores.confusions(world, evaluate.predictors(world, query, stages), labels)
+        curves = {stage: scores.distance_curve(confusion) for stage, (confusion, _) in found.items()}
+        drawn["figure1_distance"] = png(distance_figure(curves, next(iter(found.values()))[1]))
+        drawn["figure1_confusion"] = png(confusion_figure(
+            {stage: found[stage][0].sum(dim=0) for stage in ("maskclip", "rectify") if stage in found}, names))
+    if 3 in wanted:
+        drawn["figure3_hypothesis"] = png(hypothesis_figure(points))
+    if 4 in wanted:
+        rows = []
+        for image, number in pairs or telling_pairs(world, query):
+            picture = data.read_image(world.validation_images[image])
+            rows.append((picture, names[number],
+                         {kind: maps[number] for kind, maps in logit_maps(world, query, picture).items()}))
+        drawn["figure4_logits"] = png(heat_figure(rows))
+    folder.mkdir(parents=True, exist_ok=True)
+    if 5 in wanted:
+        path = folder / "figure5_results.png"
+        shown = [stage for stage in stages if stage != "vanilla"]
+        evaluate.picture_sheet(world, query, shown, labels, path, rows=8, height=192)
+        drawn["figure5_results"] = path.read_bytes()
+    paths = [folder / f"{name}.png" for name in drawn]
+    for path, content in zip(paths, drawn.values()):
+        content = small_enough(content, LARGEST)
+        runs.write_atomically(path, lambda file: file.write(content))
+        print(f"Wrote {path}")
+    return paths
+
+
+if __name__ == "__main__":
+    with runs.errors_in_one_paragraph():
+        main(FLAGS)

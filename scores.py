@@ -1,0 +1,455 @@
+"""The paper's measures beside mIoU: class preference and space preference (Table VII, Figure 1), linear probe (Table I).
+
+    python scores.py                           the two preferences of all stages of the newest run
+    python scores.py --probe                   the linear probe too
+    python scores.py --data photos --classes names.txt --labels photo_labels
+
+Here labels train something, and nowhere else: the classifier of the linear probe, which asks how much a frozen model's pixel
+embeddings know. It stands outside the method, no stage ever reads it, and it alone opens training labels of the public
+datasets. Toyland has none on disk: their truth is drawn again, in memory. Everything else here opens validation labels, as
+evaluate.py does. Reads the checkpoints of one run, writes runs/<data>/scores/scores.json.
+
+    B images · C classes · D channels of an embedding · H,W pixels of an image's own label · h,w a stage's grid
+    N objects, or patches that the probe learns from · K bins of distance
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import runs
+
+
+def flags() -> argparse.ArgumentParser:
+    parser = runs.common_flags(__doc__, training=False)
+    extra = parser.add_argument_group("evaluation")
+    extra.add_argument("--labels", metavar="DIR", default=None,
+                       help="index pictures of a folder of your own images: same names, .png, value = class, 255 ignored")
+    extra.add_argument("--probe", action="store_true",
+                       help="train a linear classifier on the labels of training images, for each stage, and measure it")
+    return parser
+
+
+if __name__ == "__main__":
+    FLAGS = flags().parse_args()            # before torch is imported: --help answers at once
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+import data
+import distill
+import evaluate
+import ground_truth
+import public_datasets
+import rectify
+import toyland
+from clip.download import sha256
+from evaluate import STAGES, Predictor
+from rectify import cached_query
+from world import World, open_world
+
+# ------------------------------------------------------------------------------------------ class preference
+
+
+def row_shares(confusion: Tensor) -> Tensor:
+    """Of the pixels of class i (row), the share that is called j (column): (C, C) float64, rows sum to one. Figure 1.
+
+    confusion: counts as of `evaluate.confusion_matrix`. The row of a class that the truth does not hold is NaN.
+    """
+    return confusion.double() / confusion.sum(dim=1, keepdim=True)              # 0 / 0 is NaN, on purpose
+
+
+def class_preference(confusion: Tensor) -> float:
+    """By how much a class is preferred to its strongest rival, in [−1, 1], higher is better. Table VII.
+
+    confusion (C, C), counts, truth in rows. In each row of `row_shares`: the diagonal minus the largest other entry, so 1
+    where a class is always recognised, 0 where it is called another as often, −1 where it always is called one other. The
+    mean over the classes that occur in the truth: NaN when none does.
+    """
+    shares = row_shares(confusion)
+    rival = shares.masked_fill(torch.eye(len(shares), dtype=torch.bool, device=shares.device), 0).amax(dim=1)     # (C,)
+    return (shares.diagonal() - rival).nanmean().item()
+
+
+# ------------------------------------------------------------------------------------------ space preference
+
+BINS = 10                       # [ours] of equal width, from the centre (0) to a corner (1)
+
+
+def connected_pieces(values: Tensor) -> Tensor:
+    """The number of the connected piece that each pixel belongs to: (H, W) → (H, W) int64 in 0..N−1.
+
+    A piece is pixels of one value that touch along a side (a corner is not enough). Numbers follow reading order.
+    Runs of equal pixels in a row are found first, and each points to itself. Where two runs touch that point to different
+    ones, the later of these points to the earlier, and every run points on to where its target points, until all runs of a
+    piece point to its first.
+    """
+    begins = torch.ones_like(values, dtype=torch.bool)
+    begins[:, 1:] = values[:, 1:] != values[:, :-1]
+    run = begins.flatten().cumsum(dim=0).view(values.shape) - 1                                   # (H, W)
+    # Two runs that overlap do so first where one of them begins: every pair is found once.
+    meet = (values[1:] == values[:-1]) & (begins[1:] | begins[:-1])
+    pairs = torch.stack([run[:-1][meet], run[1:][meet]])                                          # (2, pairs)
+    first = torch.arange(int(run[-1, -1]) + 1, device=values.device)
+    while not torch.equal(*(ends := first[pairs])):
+        first.scatter_reduce_(0, ends.amax(dim=0), ends.amin(dim=0), reduce="amin")
+        first = first[first]
+    return first.unique(return_inverse=True)[1][run]
+
+
+def objects(true_label: Tensor) -> tuple[Tensor, Tensor]:
+    """What is a thing of its own in a label, and how far from the middle it lies: `(number (H, W), distance (N,))`.
+
+    true_label (H, W): classes, 255 ignored. An object is a connected piece of one class (`connected_pieces`); ignored pixels
+    belong to none, number −1. Labels here know classes, not instances: two cars that touch are one object, one car behind a
+    pole is two. To take all pixels of a class in an image for one object would be worse: of a car left and a car right the
+    centroid lies in the middle, where there is none.
+    distance, float64: from the object's centroid to the image's centre, in halves of the image's diagonal: 0 is the centre,
+    a corner is 1. So it is the same for an image at any size.
+    """
+    H, W = true_label.shape
+    piece, counted = connected_pieces(true_label), true_label != data.IGNORE
+    is_object = torch.zeros(int(piece.max()) + 1, dtype=torch.bool, device=piece.device)
+    is_object[piece[counted]] = True
+    number = torch.where(is_object, is_object.cumsum(dim=0) - 1, -1)[piece]     # without gaps where ignored pieces were
+    rows, columns = torch.arange(H) - (H - 1) / 2, torch.arange(W) - (W - 1) / 2                  # 0 is the centre
+    y, x = (axis.double().to(number.device)[counted] for axis in torch.meshgrid(rows, columns, indexing="ij"))
+    pixels = torch.bincount(number[counted])                                                      # (N,)
+    centroid = (torch.bincount(number[counted], weights=axis) / pixels for axis in (y, x))
+    return number, torch.hypot(*centroid) / ((H * H + W * W) ** 0.5 / 2)
+
+
+def bin_of(distance: Tensor, bins: int) -> Tensor:
+    """Which of `bins` equal parts of [0, 1] a distance lies in; of two neighbours the outer one has their boundary."""
+    return (distance * bins + 1e-9).long().clamp(max=bins - 1)          # the last bits of a distance must not decide
+
+
+def bins_of_pixels(true_label: Tensor, bins: int) -> tuple[Tensor, Tensor]:
+    """In which bin of distance each pixel counts, and how many objects each bin holds: `(place (H, W), counts (K,))`, int64.
+
+    A pixel's bin is that of the object it belongs to in truth, wherever the pixel itself lies; −1 for ignored pixels.
+    """
+    number, distance = objects(true_label)
+    of_object = bin_of(distance, bins)                                                            # (N,)
+    place = torch.full_like(number, -1)
+    place[number >= 0] = of_object[number[number >= 0]]
+    return place, torch.bincount(of_object, minlength=bins)
+
+
+def confusion_by_distance(true_label: Tensor, place: Tensor, predicted: Tensor, classes: int, bins: int) -> Tensor:
+    """One confusion matrix for each bin of distance: (K, C, C) int64, truth in rows.
+
+    true_label, place (of `bins_of_pixels`) and predicted: (H, W). Every counted pixel is in one bin, so the sum over the
+    bins is `evaluate.confusion_matrix`, and the matrices of many images add up.
+    """
+    counted = place >= 0
+    cell = (place[counted] * classes + true_label[counted].long()) * classes + predicted[counted].long()
+    return torch.bincount(cell, minlength=bins * classes * classes).view(bins, classes, classes)
+
+
+def distance_curve(confusion: Tensor) -> Tensor:
+    """mIoU of the objects at each distance: (K, C, C) → (K,) in [0, 1], NaN for a bin without objects. Figure 1.
+
+    With I pixels of class k's objects found, out of G, and F pixels that are called k and are not, IoU is I / (G + F). I and
+    G belong to objects, so to bins. F belongs to no object of k: every bin gets the part of F that it has of G. Then a class
+    that is found equally well everywhere has its own IoU in every bin, and for any class the mean over the bins, weighted
+    by G, is its IoU. A bin's mIoU is the mean over the classes that occur in its truth.
+    To charge F where the pixels' true objects lie would be another measure: wide stuff (sky, road) has its centroid near
+    the centre and is where most false cars are, so that cars in the centre would seem worst. In Toyland that alone makes
+    a slope of +0.57 for the things of MaskCLIP, where this curve has +0.04.
+    """
+    G = confusion.sum(dim=2).double()                                                             # (K, C)
+    found = confusion.diagonal(dim1=1, dim2=2).double()                                           # I  (K, C)
+    false = confusion.sum(dim=(0, 1)) - found.sum(dim=0)                                          # F  (C,)
+    iou = found / (G + false * G / G.sum(dim=0))                # 0 / 0 is NaN, for a class that is not in the bin's truth
+    return iou.nanmean(dim=1)
+
+
+def bin_middles(bins: int) -> Tensor:
+    """The distance that stands for each bin: 0.05, 0.15, … 0.95 for ten. (K,) float64."""
+    return (torch.arange(bins, dtype=torch.float64) + 0.5) / bins
+
+
+def space_preference(curve: Tensor, counts: Tensor) -> float:
+    """How much mIoU changes on the way from the centre to a corner: the slope of the curve, 0 is even-handed. Table VII.
+
+    curve (K,) as of `distance_curve`, counts (K,) objects in each bin. In mIoU (0 to 1) per half diagonal; below 0 where
+    what lies outside is recognised less, and then higher is better. NaN when fewer than two bins hold objects.
+    The slope of the least-squares line through the bins' middles, each bin weighted by its number of objects: the mean of
+    the differences between neighbours would be the difference of the first bin and the last, and the last ones hold a
+    handful of objects. A bin without objects has no weight, which is all that is done about it.
+    """
+    held = counts > 0
+    x, y, weight = bin_middles(len(curve)).to(curve.device)[held], curve[held], counts[held].double()
+    x = x - (weight * x).sum() / weight.sum()
+    return ((weight * x * y).sum() / (weight * x * x).sum()).item() if len(x) > 1 else float("nan")
+
+
+# ------------------------------------------------------------------------------------------ over a dataset
+
+
+def confusions(world: World, found: dict[str, Predictor], labels: dict[str, Path],
+               bins: int = BINS) -> dict[str, tuple[Tensor, Tensor]]:
+    """Over all images, for each stage: one confusion matrix a bin of distance, and its objects, `((K, C, C), (K,))`."""
+    classes = len(world.vocabulary)
+    total = {stage: (torch.zeros(bins, classes, classes, dtype=torch.int64), torch.zeros(bins, dtype=torch.int64))
+             for stage in found}
+    for true_label, of_stages in evaluate.predictions(world, found, labels):
+        place, objects_in = bins_of_pixels(true_label, bins)
+        for stage, predicted in of_stages.items():
+            confusion, counts = total[stage]
+            confusion += confusion_by_distance(true_label, place, predicted, classes, bins).cpu()
+            counts += objects_in.cpu()
+    return total
+
+
+def preferences(confusion: Tensor, counts: Tensor) -> dict:
+    """Both scores and the curve, of a stage's matrices (K, C, C) and objects (K,), as scores.json holds them."""
+    curve = distance_curve(confusion)
+    return {"class_preference": rounded(class_preference(confusion.sum(dim=0))),
+            "space_preference": rounded(space_preference(curve, counts)),
+            "curve": {"distance": [rounded(x) for x in bin_middles(len(curve)).tolist()],
+                      "miou": [rounded(100 * y, 2) for y in curve.tolist()], "objects": counts.tolist()}}
+
+
+def rounded(value: float, digits: int = 4) -> float | None:
+    """JSON has no NaN: what cannot be said is null."""
+    return None if value != value else round(value, digits)
+
+
+# ------------------------------------------------------------------------------------------ the linear probe
+
+
+@dataclass(frozen=True)
+class ProbeRecipe:
+    """Every number of the linear probe; the paper gives none. [ours]"""
+    images: int = 2000                      # at most so many training images, evenly spaced: all of VOC, not all of COCO
+    patches: int = 100                      # of each, drawn at random; neighbours say nearly the same
+    decay: float = 1e-4                     # weight of ½‖W‖², of standardised channels: makes the optimum one point
+    steps: int = 200                        # of L-BFGS, at most
+
+
+def embeddings(world: World, query: Tensor, stages: list[str]) -> dict[str, Predictor]:
+    """What each stage makes of a pixel before it is given a class: (B, D, h, w) in the place of logits.
+
+    vanilla, maskclip   CLIP's dense features, the one through the attention of the last block, the other past it (Z).
+    rectify             the decoder's output M_o, C channels. Stage 1 leaves Z as it is: a probe of Z would measure MaskCLIP
+                        a second time. M_o is all that rectification adds to a pixel. With fewer channels than Z (C for D)
+                        it may know less than Z: it shows what the decoder keeps.
+    distill             the student's Ẑ. Table I's one number for ReCLIP++ can only mean this: it is the one embedding that
+                        the method trains.
+    """
+    found = evaluate.predictors(world, query, stages)
+    for stage, predictor in found.items():
+        if stage in ("vanilla", "maskclip"):
+            predictor.logits = lambda features: features
+        elif stage == "distill":
+            predictor.logits = distill.load_student(world, query)[1].network
+    return found
+
+
+def fit_linear(features: Tensor, true_label: Tensor, classes: int, decay: float, steps: int) -> tuple[Tensor, Tensor]:
+    """The linear classifier that explains labels best: features (N, D), true_label (N,) → weight (C, D), bias (C,).
+
+    Softmax regression on channels of mean 0 and variance 1 (so that stages of other scales meet the same decay): the minimum
+    of the mean cross-entropy plus decay · ½‖W‖². The problem is strictly convex in W: the result depends on no learning
+    rate, no order and no seed. L-BFGS from zero on all N at once. The standardisation is folded into weight and bias.
+    """
+    mean, std = features.mean(dim=0), features.std(dim=0, correction=0).clamp(min=1e-6)           # (D,) both
+    x = (features - mean) / std
+    weight = torch.zeros(classes, x.shape[1], device=x.device, requires_grad=True)
+    bias = torch.zeros(classes, device=x.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=steps, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(F.linear(x, weight, bias), true_label) + decay / 2 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        optimizer.step(closure)
+    weight = weight.detach() / std
+    return weight, bias.detach() - weight @ mean
+
+
+class DrawnScenes(torch.utils.data.Dataset):
+    """For the probe alone: Toyland's training scenes with their truth, as `ground_truth.LabelledImages` would give them.
+
+    The truth of these scenes is on no disk, so that nothing that trains could read it. A scene is a function of its number,
+    though: here both are drawn again and forgotten.
+    """
+
+    def __init__(self, ids: list[str], short_side: int, multiple: int):
+        self.ids, self.short_side, self.multiple = ids, short_side, multiple
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> tuple[str, Tensor, Tensor]:
+        split, number = self.ids[index].split("/")
+        image, truth = toyland.scene(split, int(number))
+        image = data.short_side_to(Image.fromarray(image), self.short_side, self.multiple)
+        return self.ids[index], data.to_tensor(image), torch.from_numpy(truth.astype(np.int64))
+
+
+def labelled_training_images(world: World, short_side: int, most: int) -> torch.utils.data.Dataset:
+    """For the probe alone: at most `most` training images, evenly spaced, with their true labels.
+
+    Raises ValueError for a folder of one's own images, which has no second part to measure on, and when there are no labels.
+    """
+    if runs.is_folder(world.name):
+        raise ValueError(f"--probe --data {world.name}: expected a dataset with labels for training and others for "
+                         "validation; found a folder of your own images. Leave --probe out.")
+    patch, images = world.clip_model.visual.patch_size, world.training_images
+    if world.name == "toyland":
+        return DrawnScenes(evenly_spaced(list(images), most), short_side, patch)
+    labels = public_datasets.label_files(world.name, world.root, "train", list(images))
+    if not labels:
+        raise ValueError(f"--probe --data {world.name}: expected labels of its training images for the probe to learn from, "
+                         "found none. Unpack them, or leave --probe out.")
+    chosen = {name: labels[name] for name in evenly_spaced(list(labels), most)}
+    return ground_truth.LabelledImages(images, chosen, ground_truth.lookup_table(world.name, len(world.vocabulary)), short_side, patch)
+
+
+def evenly_spaced(items: list, most: int) -> list:
+    """At most `most` of the items, in their order, as evenly spaced as whole numbers allow."""
+    count = min(most, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def label_at_centres(true_label: Tensor, h: int, w: int) -> Tensor:
+    """The label of the pixel in the middle of each cell of a grid: (H, W) → (h, w).
+
+    The probe learns patches and is measured on pixels: at the centre of a patch, up-sampling leaves its logits as they are.
+    """
+    H, W = true_label.shape
+    rows, columns = ((torch.arange(cells) * 2 + 1) * side // (2 * cells) for cells, side in ((h, H), (w, W)))
+    return true_label[rows][:, columns]
+
+
+@torch.no_grad()
+def labelled_patches(world: World, found: dict[str, Predictor], recipe: ProbeRecipe,
+                     seed: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """What the probe of each stage learns from: embeddings (N, D) of patches of training images, and their classes (N,).
+
+    Stages of one grid get the same patches; which they are depends on seed and image alone.
+    """
+    parts: dict[str, list[tuple[Tensor, Tensor]]] = {stage: [] for stage in found}
+    for short_side in sorted({embed.short_side for embed in found.values()}):
+        of_size = {stage: embed for stage, embed in found.items() if embed.short_side == short_side}
+        dataset = labelled_training_images(world, short_side, recipe.images)
+        loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=world.workers)
+        for name, image, true_label in tqdm(loader, desc="embedding", unit="image"):
+            with runs.autocast(world.device, world.precision):
+                embedded = evaluate.logits_of_all(world, of_size, image[None].to(world.device))
+            for stage, (dense,) in embedded.items():                                              # (D, h, w)
+                label = label_at_centres(true_label, *dense.shape[-2:]).flatten()                 # (h·w,)
+                generator = torch.Generator().manual_seed(runs.seed_of(seed, "probe", name))
+                chosen = torch.randperm(len(label), generator=generator)[:recipe.patches]
+                chosen = chosen[label[chosen] != data.IGNORE]
+                parts[stage].append((dense.flatten(start_dim=1).T[chosen.to(dense.device)], label[chosen].to(dense.device)))
+    whole = {stage: tuple(map(torch.cat, zip(*of_stage))) for stage, of_stage in parts.items()}
+    if not all(len(classes) for _, classes in whole.values()):
+        raise ValueError(f"--probe --data {world.name}: expected training labels that name a class, found ignored pixels "
+                         "(255) alone.")
+    return whole
+
+
+def linear_probes(world: World, query: Tensor, stages: list[str], labels: dict[str, Path], recipe: ProbeRecipe,
+                  seed: int) -> dict[str, dict]:
+    """For each stage: train one linear classifier on its frozen embeddings of training images, measure it on validation.
+
+    Table I. Returns what `evaluate.measures` says of the predictions (mIoU and friends, in percent), with the number of
+    patches that the probe learned from.
+    """
+    found = embeddings(world, query, stages)
+    patches = labelled_patches(world, found, recipe, seed)
+    fitted = {stage: fit_linear(*both, len(world.vocabulary), recipe.decay, recipe.steps) for stage, both in patches.items()}
+    probes = {stage: replace(found[stage], logits=probe_on(found[stage].logits, *fitted[stage])) for stage in stages}
+    return {stage: evaluate.measures(confusion.sum(dim=0), world.vocabulary.names) | {"patches": len(patches[stage][1])}
+            for stage, (confusion, _) in confusions(world, probes, labels, bins=1).items()}
+
+
+def probe_on(embed: Callable[[Tensor], Tensor], weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
+    """A stage with its own head taken off and the probe in its place: what `embed` takes → logits (B, C, h, w)."""
+    return lambda seen: torch.einsum("bdhw,cd->bchw", embed(seen).float(), weight) + bias[:, None, None]
+
+
+# ------------------------------------------------------------------------------------------ the run
+
+
+def fingerprint(world: World, stage: str, predictor: Predictor, images: int) -> dict:
+    """What a stage's scores depend on besides the code."""
+    checkpoint = world.folder(stage) / "checkpoint.pt"
+    return {"stage": stage, "data": world.name, "images": images, "classes": world.vocabulary.names,
+            "short_side": predictor.short_side, "bins": BINS, "precision": world.precision, "clip": world.fingerprint,
+            "dense_path": rectify.recipe_of(world).dense_path,
+            "weights": sha256(checkpoint)[:16] if checkpoint.exists() else None}
+
+
+def open_measured(args: argparse.Namespace) -> tuple[World, Tensor, dict[str, Path], list[str]]:
+    """The newest run, or that of `--data`: its world, query, validation labels (perhaps none) and stages."""
+    world = open_world(args, rectify.find_checkpoint(args, "rectify"))
+    if args.labels is not None and not runs.is_folder(world.name):
+        raise ValueError(f"--labels {args.labels}: expected --data FOLDER, your own images; found {world.name}, which has "
+                         "labels of its own. Leave --labels out.")
+    labels = ground_truth.true_label_files(world.name, world.root, list(world.validation_images), args.labels) \
+        if ground_truth.labels_fit(world.name, world.vocabulary.names) else {}
+    return world, cached_query(world), labels, evaluate.existing_stages(world)
+
+
+def print_scores(scores: dict) -> None:
+    """The stages as rows; below, the curve of each."""
+    one = next(iter(scores.values()))
+    objects_in = one["curve"]["objects"]
+    print(f"\n{one['fingerprint']['data']}: {one['fingerprint']['images']} images, {sum(objects_in)} objects, "
+          f"{len(one['fingerprint']['classes'])} classes, {one['fingerprint']['precision']}")
+    print(f"{'':22}{'class preference':>18}{'space preference':>18}" + f"{'linear probe, mIoU':>20}" * ("probe" in one))
+    for stage, found in scores.items():
+        print(f"{STAGES[stage]:22}{shown(found['class_preference'], 3):>18}{shown(found['space_preference'], 3):>18}"
+              + (f"{found['probe']['miou']:20.1f}" if "probe" in one else ""))
+    print("\nmIoU (percent) by the distance of an object from the centre, in half diagonals")
+    print(f"{'':22}" + "".join(f"{x:7.2f}" for x in one["curve"]["distance"]))
+    for stage, found in scores.items():
+        print(f"{STAGES[stage]:22}" + "".join(f"{shown(y, 1):>7}" for y in found["curve"]["miou"]))
+    print(f"{'objects':22}" + "".join(f"{count:7}" for count in objects_in))
+
+
+def shown(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def main(args: argparse.Namespace) -> dict:
+    """Score all stages of the newest run (or of `--data`), write scores.json, return the scores."""
+    world, query, labels, stages = open_measured(args)
+    runs.refuse_folders(world.folder("scores"), "scores.json")
+    ground_truth.refuse_other_classes(world.name, world.vocabulary.names)
+    if not labels:
+        raise ValueError(f"{world.name}: expected labels of its validation images to measure against, found none. For a "
+                         "folder of your own pass --labels DIR.")
+    found = evaluate.predictors(world, query, stages)
+    scores = {stage: preferences(*both) | {"fingerprint": fingerprint(world, stage, found[stage], len(labels))}
+              for stage, both in confusions(world, found, labels).items()}
+    if args.probe:
+        recipe = ProbeRecipe()
+        for stage, measured in linear_probes(world, query, stages, labels, recipe, args.seed).items():
+            scores[stage]["probe"] = measured | {"recipe": asdict(recipe), "seed": args.seed}
+    print_scores(scores)
+    path = world.folder("scores") / "scores.json"
+    runs.write_json(path, scores)
+    print(f"\nWrote {path}\nNext: python figures.py{runs.repeated(args)}")
+    return scores
+
+
+if __name__ == "__main__":
+    with runs.errors_in_one_paragraph():
+        main(FLAGS)
