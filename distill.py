@@ -328,7 +328,7 @@ def main(args: argparse.Namespace) -> Path:
             run.done(step, {"loss": loss.item(), **losses}, rate)
     path = run.finish()
 
-    import evaluate                                 # the first and only place where a label may be opened
+    import evaluate                                 # after training, and not before: it may open labels
     teacher = "maskclip" if recipe.ablation == "maskclip+" else "rectify"
     evaluate.after_training(world, [teacher, "distill"], "distill", query)
     print(f"\nNext: python evaluate.py{runs.repeated(args)}")

@@ -3,7 +3,7 @@
     python evaluate.py                         all stages of the newest run
     python evaluate.py --data photos --classes names.txt --labels photo_labels
 
-This is the one file that opens labels, after all training is done (the training scripts end by calling it). Reads the
+Opens labels (through ground_truth.py), after all training is done: the training scripts end by calling it. Reads the
 checkpoints of one run, writes runs/<data>/evaluate/metrics.json and a picture sheet, preview.png.
 
     B images · C classes · H,W pixels of an image's own label · h,w a stage's grid
@@ -322,7 +322,9 @@ def picture_sheet(world: World, query: Tensor, stages: list[str], labels: dict[s
         tiles = [image]
         for predictor in found.values():
             tensor = data.to_tensor(data.short_side_to(image, predictor.short_side, patch))[None].to(world.device)
-            tiles.append(colour(predict(logits_of_all(world, {"": predictor}, tensor)[""], size), palette))
+            with runs.autocast(world.device, world.precision):
+                logits = logits_of_all(world, {"": predictor}, tensor)[""]
+            tiles.append(colour(predict(logits, size), palette))
         if labels:
             truth = ground_truth.read_label(labels[name], ground_truth.lookup_table(world.name, len(world.vocabulary)), size) \
                 if name in labels else np.full(size, data.IGNORE)

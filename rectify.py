@@ -522,7 +522,7 @@ def main(args: argparse.Namespace) -> Path:
             run.done(step, {"loss": loss.item()}, group["lr"])
     path = run.finish()
 
-    import evaluate                                 # the first and only place where a label may be opened
+    import evaluate                                 # after training, and not before: it may open labels
     evaluate.after_training(world, ["maskclip", "rectify"], "rectify", query)
     print(f"\nNext: python distill.py{runs.repeated(args)}")
     return path

@@ -110,7 +110,7 @@ def main(args: argparse.Namespace) -> Path:
     """Segment one photo and return the overlay's path."""
     kind, value = parse_background(args.background)
     photo = None if args.photo is None else data.read_image(Path(args.photo))
-    checkpoint = rectify.find_checkpoint(args, "rectify")
+    checkpoint = rectify.find_checkpoint(args, "rectify") or rectify.find_checkpoint(args, "distill")   # of MaskCLIP+
     words = wanted_vocabulary(args, checkpoint)
     if words is not None and checkpoint is not None:
         trained = [list(names) for names in words.synonyms] == checkpoint["settings"]["world"]["synonyms"]
@@ -141,12 +141,13 @@ def main(args: argparse.Namespace) -> Path:
     if photo is None:
         photo = data.read_image(next(iter(world.validation_images.values())))
     name = Path(args.photo).stem if args.photo else Path(world.name).name
-    print(f"{evaluate.STAGES[stage]}, CLIP {world.clip_name}, {len(names)} classes: {', '.join(names)}")
+    found, patch = evaluate.predictors(world, query, [stage]), world.clip_model.visual.patch_size
+    title = evaluate.title(stage, found[stage].ablation)
+    print(f"{title}, CLIP {world.clip_name}, {len(names)} classes: {', '.join(names)}")
     if stage == "maskclip" and args.stage == "auto":
         print("No rectification was trained for these words. MaskCLIP's biases are still in the picture; to remove them: "
               "python rectify.py --data FOLDER --classes FILE")
 
-    found, patch = evaluate.predictors(world, query, [stage]), world.clip_model.visual.patch_size
     tensor = data.to_tensor(data.short_side_to(photo, found[stage].short_side, patch))[None].to(world.device)
     with torch.no_grad(), runs.autocast(world.device, world.precision):
         logits = evaluate.logits_of_all(world, found, tensor)[stage]
@@ -158,7 +159,7 @@ def main(args: argparse.Namespace) -> Path:
     index = Image.fromarray(classes.cpu().numpy().astype(np.uint8))
     palette = [channel for rgb in world.vocabulary.palette for channel in rgb]
     index.putpalette(palette + [0] * (768 - len(palette)))      # whole: with a shorter one a PNG keeps fewer bits than 255 has
-    page = evaluate.sheet([[photo, overlay(photo, classes, world.vocabulary.palette)]], ["photo", evaluate.STAGES[stage]],
+    page = evaluate.sheet([[photo, overlay(photo, classes, world.vocabulary.palette)]], ["photo", title],
                           world.vocabulary, height=min(480, max(160, photo.height)))
     path = folder / f"{name}_overlay.png"
     runs.write_atomically(folder / f"{name}_index.png", lambda file: index.save(file, format="PNG"))
