@@ -7,7 +7,7 @@
 Says what is wrong and how to mend it; changes no file. Exit code 0: all is well, 2: something must be mended.
 
 It opens labels, as evaluation does, and is therefore imported by no other script: what it finds can reach no training.
-Labels of training images are counted, not opened. Nothing in this project ever opens them.
+Labels of training images are counted, not opened.
 
     H,W pixels
 """

@@ -294,8 +294,7 @@ def main(args: argparse.Namespace) -> Path:
     row = {name: number for number, name in enumerate(images)}
     torch.manual_seed(runs.seed_of(args.seed, "student"))
     student = build_student(world, rectifier, query, recipe)
-    with torch.no_grad():
-        reference = reference_features(world.clip_model, rectifier.prompt, world.vocabulary.names)
+    reference = student.inherited.reference
     learned = [parameter for parameter in student.parameters() if parameter.requires_grad]     # the network's alone
     optimizer = torch.optim.SGD(learned, lr=recipe.learning_rate, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
     settings = world.settings(recipe, args.seed) | {"teacher": teacher_of(teacher_checkpoint),

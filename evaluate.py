@@ -158,13 +158,15 @@ def existing_stages(world: World) -> list[str]:
     if not student.exists():
         return stages
     settings = rectify.load_checkpoint(student, "distill")["settings"]
-    fits = all(settings["world"][field] == world.described()[field] for field in ("synonyms", "clip"))    # else it is refused
     with runs.reading(student):
         of_clip = settings["recipe"]["ablation"] == "maskclip+"             # a student that needs no rectification
-    if fits and teacher.exists() and not of_clip \
+    other = [what for part, what in (("synonyms", "class list"), ("clip", "CLIP"))
+             if settings["world"][part] != world.described()[part]]
+    if not other and not of_clip and teacher.exists() \
             and settings["teacher"] != distill.teacher_of(rectify.load_checkpoint(teacher, "rectify")):
-        print(f"{student} was distilled from another rectification than {teacher}: left out. Make it anew with: "
-              "python distill.py")
+        other = [f"rectification than {teacher}"]
+    if other:
+        print(f"{student} was made with another {' and another '.join(other)}: left out. Make it anew with: python distill.py")
         return stages
     return [*stages, "distill"]
 
@@ -314,7 +316,8 @@ def picture_sheet(world: World, query: Tensor, stages: list[str], labels: dict[s
     """A row for each of some validation images: the image, every stage's classes, the truth if known; below, a legend."""
     images = world.validation_images
     chosen = list(images)[::max(1, len(images) // rows)][:rows]
-    found, palette, table = predictors(world, query, stages), world.vocabulary.palette, None
+    found, palette = predictors(world, query, stages), world.vocabulary.palette
+    table = ground_truth.lookup_table(world.name, len(world.vocabulary)) if labels else None
     patch, strips = world.clip_model.visual.patch_size, []
     for name in chosen:
         image = data.read_image(images[name])
@@ -326,8 +329,7 @@ def picture_sheet(world: World, query: Tensor, stages: list[str], labels: dict[s
                 logits = logits_of_all(world, {"": predictor}, tensor)[""]
             tiles.append(colour(predict(logits, size), palette))
         if labels:
-            truth = ground_truth.read_label(labels[name], ground_truth.lookup_table(world.name, len(world.vocabulary)), size) \
-                if name in labels else np.full(size, data.IGNORE)
+            truth = ground_truth.read_label(labels[name], table, size) if name in labels else np.full(size, data.IGNORE)
             tiles.append(colour(torch.from_numpy(truth), palette))
         strips.append(tiles)
     titles = ["image", *(title(stage, found[stage].ablation) for stage in stages), *(["truth"] if labels else [])]
@@ -372,13 +374,17 @@ def sheet(strips: list[list[Image.Image]], titles: list[str], vocabulary: data.V
 # ------------------------------------------------------------------------------------------ the run
 
 
+def refuse_labels_of(world: World, labels: str | None) -> None:
+    """Raise ValueError for `--labels` beside a dataset that has labels of its own."""
+    if labels is not None and not runs.is_folder(world.name):
+        raise ValueError(f"--labels {labels}: expected --data FOLDER, your own images; found {world.name}, which has labels of "
+                         "its own. Leave --labels out.")
+
+
 def main(args: argparse.Namespace) -> dict:
     """Measure all stages of the newest run (or of `--data`), write metrics.json and preview.png, return the metrics."""
-    checkpoint = rectify.find_checkpoint(args, "rectify") or rectify.find_checkpoint(args, "distill")   # of MaskCLIP+
-    world = open_world(args, checkpoint)
-    if args.labels is not None and not runs.is_folder(world.name):
-        raise ValueError(f"--labels {args.labels}: expected --data FOLDER, your own images; found {world.name}, which has labels "
-                         "of its own. Leave --labels out.")
+    world = open_world(args, rectify.newest_run(args))
+    refuse_labels_of(world, args.labels)
     runs.refuse_folders(world.folder("evaluate"), "metrics.json", "preview.png")
     query = cached_query(world)
     labels = ground_truth.true_label_files(world.name, world.root, list(world.validation_images), args.labels)
@@ -387,7 +393,7 @@ def main(args: argparse.Namespace) -> dict:
                          "folder of your own pass --labels DIR; to see results without labels use segment.py.")
     stages = existing_stages(world)
     for stage in ("rectify", "distill"):
-        if stage not in stages:
+        if not (world.folder(stage) / "checkpoint.pt").exists():
             print(f"No checkpoint of {stage} in {world.folder(stage)}: left out. Make it with: python {stage}.py "
                   f"--data {world.name}{runs.repeated(args)}")
     metrics = measure(world, query, stages, labels, args.prompt_denoising, getattr(args, "key_smoothing", 0.0))

@@ -56,7 +56,7 @@ import data
 import evaluate
 import rectify
 import scores
-from evaluate import STAGES
+from evaluate import STAGES, title
 from world import World
 
 # Okabe and Ito's colours, told apart by nearly everybody; a marker and a dash each for those who see none of them.
@@ -69,7 +69,7 @@ LARGEST = 300_000               # bytes of a picture
 # ------------------------------------------------------------------------------------------ figure 1
 
 
-def distance_figure(curves: dict[str, Tensor], counts: Tensor) -> Figure:
+def distance_figure(curves: dict[str, Tensor], counts: Tensor, titles: dict[str, str] = STAGES) -> Figure:
     """Figure 1, left: mIoU against the distance of objects from the image's centre, a line a stage.
 
     curves: stage → (K,) in [0, 1] of `scores.distance_curve`; counts (K,): objects in each bin, the bars behind the lines.
@@ -84,7 +84,7 @@ def distance_figure(curves: dict[str, Tensor], counts: Tensor) -> Figure:
     behind.set_ylim(0, 2.5 * int(counts.max()))
     for stage, curve in curves.items():
         colour, marker, dash = LINES[stage]
-        label = f"{STAGES[stage]}, slope {scores.space_preference(curve, counts):+.2f}".replace("-", "−")
+        label = f"{titles[stage]}, slope {scores.space_preference(curve, counts):+.2f}".replace("-", "−")
         axes.plot(x, 100 * curve.numpy(), color=colour, marker=marker, linestyle=dash, label=label)
     axes.set_zorder(behind.get_zorder() + 1)                # lines before the bars
     axes.patch.set_visible(False)
@@ -94,7 +94,7 @@ def distance_figure(curves: dict[str, Tensor], counts: Tensor) -> Figure:
     return figure
 
 
-def confusion_figure(confusions: dict[str, Tensor], names: list[str]) -> Figure:
+def confusion_figure(confusions: dict[str, Tensor], names: list[str], titles: dict[str, str] = STAGES) -> Figure:
     """Figure 1, right: what each true class is called, in percent of its pixels; two stages side by side.
 
     confusions: stage → (C, C) counts. Rows of classes that the truth does not hold are white. Up to 30 classes are named.
@@ -104,7 +104,7 @@ def confusion_figure(confusions: dict[str, Tensor], names: list[str]) -> Figure:
     panels = figure.subplots(1, len(confusions), sharey=True, squeeze=False)[0]
     for axes, (stage, confusion) in zip(panels, confusions.items()):
         picture = axes.imshow(100 * scores.row_shares(confusion).numpy(), vmin=0, vmax=100, cmap=SHADES)
-        axes.set_title(f"{STAGES[stage]}, class preference {scores.class_preference(confusion):.2f}", fontsize=10)
+        axes.set_title(f"{titles[stage]}, class preference {scores.class_preference(confusion):.2f}", fontsize=10)
         axes.set_xlabel("predicted class")
         if C <= 30:
             size = 8 if C <= 20 else 6
@@ -175,6 +175,14 @@ def logit_maps(world: World, query: Tensor, picture: Image.Image) -> dict[str, T
     bias = rectifier.bias(positions, reference)
     return {"query": query_map[0], "bias": bias, "rectified": rectify.subtract_bias(query_map, bias)[0],
             "decoded": rectifier(features, query, reference, bias)[0]}
+
+
+def why_no_maps(world: World) -> str:
+    """Why figure 4 cannot be drawn: it shows the steps of ReCLIP++ itself; "" where it can."""
+    if not (world.folder("rectify") / "checkpoint.pt").exists():
+        return f"no checkpoint in {world.folder('rectify')}"
+    ablation = rectify.recipe_of(world).ablation
+    return "" if ablation == "none" else f"{world.folder('rectify')} is the ablation {ablation}, whose steps are others"
 
 
 def most_changed_class(before: Tensor, after: Tensor) -> int:
@@ -281,16 +289,18 @@ def main(args: argparse.Namespace) -> list[Path]:
     drawn: dict[str, bytes] = {}
     for number, missing in ((1, "" if labels else f"no labels of {world.name} for these classes"),
                             (3, "" if points else "no --points, which are measured elsewhere"),
-                            (4, "" if "rectify" in stages else f"no checkpoint in {world.folder('rectify')}")):
+                            (4, why_no_maps(world))):
         if number in wanted and missing:
             print(f"Figure {number} is left out: {missing}.")
             wanted = [other for other in wanted if other != number]
     if 1 in wanted:
-        found = scores.confusions(world, evaluate.predictors(world, query, stages), labels)
+        predictors = evaluate.predictors(world, query, stages)
+        titles = {stage: title(stage, predictor.ablation) for stage, predictor in predictors.items()}
+        found = scores.confusions(world, predictors, labels)
         curves = {stage: scores.distance_curve(confusion) for stage, (confusion, _) in found.items()}
-        drawn["figure1_distance"] = png(distance_figure(curves, next(iter(found.values()))[1]))
+        drawn["figure1_distance"] = png(distance_figure(curves, next(iter(found.values()))[1], titles))
         drawn["figure1_confusion"] = png(confusion_figure(
-            {stage: found[stage][0].sum(dim=0) for stage in ("maskclip", "rectify") if stage in found}, names))
+            {stage: found[stage][0].sum(dim=0) for stage in ("maskclip", "rectify") if stage in found}, names, titles))
     if 3 in wanted:
         drawn["figure3_hypothesis"] = png(hypothesis_figure(points))
     if 4 in wanted:

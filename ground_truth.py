@@ -1,7 +1,7 @@
 """Ground truth: the one file that reads label pictures. For evaluation, after all training is done.
 
-Imported by evaluate.py, scores.py, figures.py and check.py, and by no code that trains: what is read here can reach no
-training. (The linear probe of scores.py, outside of the method, is the one thing here that learns from labels.) Label files
+Imported by what measures (evaluate.py, scores.py, check.py), not by rectify.py, distill.py or what these import: what is
+read here can reach no training. (The linear probe of scores.py, outside of the method, is the one thing here that learns from labels.) Label files
 differ in what their values mean; `lookup_table` says it for each dataset (from classes.json), and a value that it lacks is an error.
 
     C classes · H,W pixels

@@ -39,7 +39,7 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument_group("speed").add_argument(
         "--cache-features", type=runs.gigabytes, metavar="GB", default=argparse.SUPPRESS,
         help="let CLIP look at every image once, under one augmentation, and keep what it sees in at most so many GB of memory "
-             "and disk. Another training, with less variety: see the README for what it costs")
+             "and disk. Another training, with less variety")
     return parser
 
 
@@ -396,6 +396,19 @@ def find_checkpoint(args: argparse.Namespace, stage: str) -> dict | None:
     return load_checkpoint(path, stage) if path is not None and path.exists() else None
 
 
+def newest_run(args: argparse.Namespace) -> dict | None:
+    """The checkpoint that says which run is meant: of `--data`, else the newest. A student's where stage 1 has none
+    (MaskCLIP+); None if there is none at all."""
+    if hasattr(args, "data"):
+        return find_checkpoint(args, "rectify") or find_checkpoint(args, "distill")
+    found = [path for path in (runs.newest(args.out, stage) for stage in ("rectify", "distill")) if path is not None]
+    if not found:
+        return None
+    run = max(found, key=lambda path: path.stat().st_mtime_ns).parent.parent
+    stage = next(stage for stage in ("rectify", "distill") if (run / stage / "checkpoint.pt").exists())
+    return load_checkpoint(run / stage / "checkpoint.pt", stage)
+
+
 def cached_query(world: World) -> Tensor:
     """W_q (C, D), from `cache/` beside the stages if it was made for the same words and weights."""
     key = ("query", world.fingerprint, world.vocabulary.synonyms, world.vocabulary.templates)
@@ -453,7 +466,11 @@ def cached_features(world: World, rectifier: Rectifier, dataset: data.TrainingIm
 
     key = ("features", world.fingerprint, world.precision, dataset.seed, stamps_of(world.training_images), recipe.dense_path,
            recipe.short_side, recipe.crop, recipe.scale, recipe.distort)
-    return runs.cached(world.folder("cache"), "features", key, make, fits=lambda features: features.shape == shape)
+    for other in world.folder("cache").glob("features-*.pt"):       # of another seed or recipe: they are large
+        if other.name != f"features-{runs.seed_of(key):016x}.pt":
+            other.unlink()
+    return runs.cached(world.folder("cache"), "features", key, make,
+                       fits=lambda found: found.shape == shape and found.dtype == torch.float16 and bool(found.isfinite().all()))
 
 
 def build_rectifier(world: World, recipe: Recipe) -> Rectifier:

@@ -31,7 +31,9 @@ import numpy as np
 import distill
 import evaluate
 import rectify
-from world import open_world, recipe_for
+from clip.download import sha256
+from public_datasets import DATASETS
+from world import World, open_world, recipe_for
 
 
 def one_seed(args: argparse.Namespace, seed: int) -> dict:
@@ -39,32 +41,48 @@ def one_seed(args: argparse.Namespace, seed: int) -> dict:
     known = {name: value for name, value in vars(args).items() if name not in ("seeds", "out", "data")}
     known |= {"seed": seed, "out": str(Path(args.out) / "seeds" / str(seed)), "data": getattr(args, "data", "toyland")}
     world = open_world(argparse.Namespace(**known))
-    path = world.folder("evaluate") / "metrics.json"
     for stage in (rectify, distill):
-        checkpoint = world.folder(stage.__name__) / "checkpoint.pt"
-        if checkpoint.exists():
-            made = runs.load(checkpoint, stage.__name__)
+        folder = world.folder(stage.__name__)
+        if (folder / "checkpoint.pt").exists() and not (folder / "unfinished").exists():
+            made = rectify.load_checkpoint(folder / "checkpoint.pt", stage.__name__)
             world.refuse_misfit(made)
             recipe = asdict(recipe_for(world, argparse.Namespace(**known), stage.RECIPES))
-            runs.refuse_unless(checkpoint, "recipe", expected=runs.plain(recipe), found=made["settings"]["recipe"])
+            expected = {"recipe": runs.plain(recipe), "precision": world.precision, "seed": seed}
+            runs.refuse_unless(folder / "checkpoint.pt", "recipe, precision or seed", expected=expected,
+                               found={name: made["settings"].get(name) for name in expected})
         else:
             print(f"\n==== seed {seed} ====")
             stage.main(argparse.Namespace(**known, resume=True))
-            path.unlink(missing_ok=True)
-    if path.exists():
-        try:
-            metrics = json.loads(path.read_text())
-            return {stage: metrics[stage] | {"miou": float(metrics[stage]["miou"])} for stage in evaluate.STAGES}
-        except (ValueError, TypeError, KeyError):
-            print(f"{path} is damaged: measuring again.")
-    return evaluate.main(argparse.Namespace(**known, labels=None, prompt_denoising=0.0))
+    metrics = measured(world)
+    if metrics is None:
+        metrics = evaluate.main(argparse.Namespace(**known, labels=None, prompt_denoising=0.0, key_smoothing=0.0))
+    if missing := evaluate.STAGES.keys() - metrics:
+        raise ValueError(f"{world.folder('evaluate')}: expected results of every stage, found none of {', '.join(missing)}. "
+                         "Remove the folder of this seed and start again.")
+    return metrics
+
+
+def measured(world: World) -> dict | None:
+    """What evaluate.py wrote, if it is of these very checkpoints, in this precision and without refinements."""
+    path = world.folder("evaluate") / "metrics.json"
+    try:
+        metrics = json.loads(path.read_text())
+        for stage in evaluate.STAGES:
+            made, checkpoint = metrics[stage]["fingerprint"], world.folder(stage) / "checkpoint.pt"
+            weights = sha256(checkpoint)[:16] if checkpoint.exists() else None
+            if made["weights"] != weights or made["precision"] != world.precision or any(made["refinements"].values()):
+                return None
+            float(metrics[stage]["miou"])
+        return metrics
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
 
 
 def main(args: argparse.Namespace) -> None:
     data = getattr(args, "data", "toyland")
     if runs.is_folder(data):
-        raise ValueError(f"--data {data}: expected toyland or voc, whose labels are known; found another. For a folder of your "
-                         "own run rectify.py, distill.py and evaluate.py --labels DIR.")
+        raise ValueError(f"--data {data}: expected toyland or voc, whose labels are known, or another of {', '.join(DATASETS)}; "
+                         "found a folder. For one of your own run rectify.py, distill.py and evaluate.py --labels DIR.")
     found = [one_seed(args, seed) for seed in range(args.seeds)]
     table = {}
     for stage, title in evaluate.STAGES.items():

@@ -5,7 +5,8 @@ A stage writes to `<out>/<data>/<stage>/`:
     checkpoint.pt   the trained weights, recipe, classes and CLIP's fingerprint
     recipe.json     every number that the run used          log.jsonl      one line per log interval
     metrics.json    mIoU and friends, with a fingerprint    preview.png    a picture sheet
-    unfinished/     recipe.json and log.jsonl of a run that has not ended, with resume.pt: weights, optimiser and step
+    unfinished/     recipe.json and log.jsonl of a run that has not ended, with resume.pt: weights, optimiser and step;
+                    mark: a number for its settings
 
 so that what stands beside a checkpoint is of the same run, and a run that is killed costs nothing of the one before it.
 This module imports torch only inside the functions that need it, so that `--help` answers at once.
@@ -319,11 +320,18 @@ class Training:
         refuse_folders(self.unfinished, "resume.pt", "recipe.json", "log.jsonl")
         self.first_step = self.load() if resume else 0
         self.unfinished.mkdir(parents=True, exist_ok=True)
+        if not resume and not self.is_begun() and (self.unfinished / "resume.pt").exists():
+            print(f"An unfinished run with other settings is given up: {self.unfinished}")
+            (self.unfinished / "resume.pt").unlink()
         remove_leftovers(folder)
         remove_leftovers(self.unfinished)
         for name, value in header.items():
             print(f"{name:>10}  {value}")
+        if self.is_finished():                  # nothing to do: what stands in the folder stays as it is
+            shutil.rmtree(self.unfinished)
+            return
         write_json(self.unfinished / "recipe.json", plain(header))
+        write_atomically(self.unfinished / "mark", lambda file: file.write(self.mark()))
         log = next((path for path in (self.unfinished / "log.jsonl", folder / "log.jsonl") if path.exists()), None)
         lines = log.read_text(errors="replace").splitlines() if self.first_step and log else []
         kept = [line for line in lines if logged_step(line) < self.first_step]
@@ -335,8 +343,8 @@ class Training:
         unfinished, finished = self.unfinished / "resume.pt", self.folder / "checkpoint.pt"
         path = next((path for path in (unfinished, finished) if path.exists()), None)
         content = load(path, self.stage) if path else None
-        of_another_run = path == finished and content.get("settings") != self.settings and self.unfinished.exists()
-        if path is None or of_another_run:      # this one was begun and stopped before its first epoch ended
+        if path is None or path == finished and self.is_begun() and content.get("settings") != self.settings:
+            # Nothing is there but an earlier run's checkpoint: this run was stopped before its first epoch ended.
             print(f"Nothing to resume in {self.folder}: starting from the beginning.")
             return 0
         with reading(path):
@@ -357,6 +365,19 @@ class Training:
                 raise ValueError(f"{path}: expected a step from 1 to {self.steps}, found {content['step']}. Remove it and train "
                                  "again.")
             return content["step"]
+
+    def mark(self) -> bytes:
+        """A number for the settings: whose `unfinished/` it is."""
+        return f"{seed_of(self.settings):016x}".encode()
+
+    def is_begun(self) -> bool:
+        """Whether `unfinished/` belongs to a run with these settings."""
+        path = self.unfinished / "mark"
+        return path.is_file() and path.read_bytes() == self.mark()
+
+    def is_finished(self) -> bool:
+        """Whether --resume found this very run at its end (and not killed between its checkpoint and its last file)."""
+        return self.first_step == self.steps and not self.is_begun()
 
     def __enter__(self):
         from tqdm import tqdm
@@ -393,13 +414,16 @@ class Training:
     def refuse_non_finite(self, loss, step: int, ids) -> None:
         """Raise ValueError when the loss is NaN or infinite; what was saved before stays."""
         if not loss.isfinite():
+            kept = "The last good state is kept in" if (self.unfinished / "resume.pt").exists() else "Nothing is saved yet in"
             raise ValueError(f"the loss of step {step} is {loss.item()}, expected a finite number. The images were "
-                             f"{', '.join(ids)}. The last good state is kept in {self.folder}; a smaller learning rate or "
-                             "--precision fp32 usually mends it.")
+                             f"{', '.join(ids)}. {kept} {self.folder}; a smaller learning rate or --precision fp32 usually "
+                             "mends it.")
 
     def finish(self) -> Path:
         """Write `checkpoint.pt` (weights, no optimiser), put recipe and log beside it, remove `unfinished/`."""
         path = self.folder / "checkpoint.pt"
+        if not self.unfinished.exists():
+            return path
         for name in ("metrics.json", "preview.png"):            # of the checkpoint that is replaced
             (self.folder / name).unlink(missing_ok=True)
         save(path, {"stage": self.stage, "settings": self.settings, "step": self.steps,

@@ -52,7 +52,7 @@ import public_datasets
 import rectify
 import toyland
 from clip.download import sha256
-from evaluate import STAGES, Predictor
+from evaluate import Predictor
 from rectify import cached_query
 from world import World, open_world
 
@@ -392,16 +392,14 @@ def fingerprint(world: World, stage: str, predictor: Predictor, images: int) -> 
     checkpoint = world.folder(stage) / "checkpoint.pt"
     return {"stage": stage, "data": world.name, "images": images, "classes": world.vocabulary.names,
             "short_side": predictor.short_side, "bins": BINS, "precision": world.precision, "clip": world.fingerprint,
-            "dense_path": rectify.recipe_of(world).dense_path,
+            "dense_path": rectify.recipe_of(world).dense_path, "ablation": predictor.ablation,
             "weights": sha256(checkpoint)[:16] if checkpoint.exists() else None}
 
 
 def open_measured(args: argparse.Namespace) -> tuple[World, Tensor, dict[str, Path], list[str]]:
     """The newest run, or that of `--data`: its world, query, validation labels (perhaps none) and stages."""
-    world = open_world(args, rectify.find_checkpoint(args, "rectify"))
-    if args.labels is not None and not runs.is_folder(world.name):
-        raise ValueError(f"--labels {args.labels}: expected --data FOLDER, your own images; found {world.name}, which has "
-                         "labels of its own. Leave --labels out.")
+    world = open_world(args, rectify.newest_run(args))
+    evaluate.refuse_labels_of(world, args.labels)
     labels = ground_truth.true_label_files(world.name, world.root, list(world.validation_images), args.labels) \
         if ground_truth.labels_fit(world.name, world.vocabulary.names) else {}
     return world, cached_query(world), labels, evaluate.existing_stages(world)
@@ -415,13 +413,17 @@ def print_scores(scores: dict) -> None:
           f"{len(one['fingerprint']['classes'])} classes, {one['fingerprint']['precision']}")
     print(f"{'':22}{'class preference':>18}{'space preference':>18}" + f"{'linear probe, mIoU':>20}" * ("probe" in one))
     for stage, found in scores.items():
-        print(f"{STAGES[stage]:22}{shown(found['class_preference'], 3):>18}{shown(found['space_preference'], 3):>18}"
+        print(f"{titled(stage, found):22}{shown(found['class_preference'], 3):>18}{shown(found['space_preference'], 3):>18}"
               + (f"{found['probe']['miou']:20.1f}" if "probe" in one else ""))
     print("\nmIoU (percent) by the distance of an object from the centre, in half diagonals")
     print(f"{'':22}" + "".join(f"{x:7.2f}" for x in one["curve"]["distance"]))
     for stage, found in scores.items():
-        print(f"{STAGES[stage]:22}" + "".join(f"{shown(y, 1):>7}" for y in found["curve"]["miou"]))
+        print(f"{titled(stage, found):22}" + "".join(f"{shown(y, 1):>7}" for y in found["curve"]["miou"]))
     print(f"{'objects':22}" + "".join(f"{count:7}" for count in objects_in))
+
+
+def titled(stage: str, found: dict) -> str:
+    return evaluate.title(stage, found["fingerprint"]["ablation"])
 
 
 def shown(value: float | None, digits: int) -> str:

@@ -2,7 +2,7 @@
 
     python segment.py photo.jpg --classes "cat, sofa, wall"
     python segment.py photo.jpg                the classes and the best stage of the newest run
-    python segment.py                          an image that the newest run was not trained on, else a scene of Toyland
+    python segment.py                          a validation image of the newest run, else a scene of Toyland
 
 Words for which nothing was trained are segmented by MaskCLIP, which needs no training; to rectify and distil them, give
 rectify.py a folder of such photographs. Writes <out>/segment/<photo>_overlay.png (classes over the photo, with a legend)
@@ -37,7 +37,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -110,7 +109,7 @@ def main(args: argparse.Namespace) -> Path:
     """Segment one photo and return the overlay's path."""
     kind, value = parse_background(args.background)
     photo = None if args.photo is None else data.read_image(Path(args.photo))
-    checkpoint = rectify.find_checkpoint(args, "rectify") or rectify.find_checkpoint(args, "distill")   # of MaskCLIP+
+    checkpoint = rectify.newest_run(args)
     words = wanted_vocabulary(args, checkpoint)
     if words is not None and checkpoint is not None:
         trained = [list(names) for names in words.synonyms] == checkpoint["settings"]["world"]["synonyms"]

@@ -44,6 +44,8 @@ class World:
 
     @functools.cached_property
     def validation_images(self) -> dict[str, Path]:
+        if runs.is_folder(self.name):                   # a folder of your own has one set of images
+            return self.training_images
         return self.without_broken(data.validation_images(self.name, self.root))
 
     def without_broken(self, images: dict[str, Path]) -> dict[str, Path]:
@@ -118,16 +120,19 @@ def open_world(args: argparse.Namespace, checkpoint: dict | None = None,
 
 
 def refuse_another_folder(world: World) -> None:
-    """Raise ValueError when the run folder holds the rectification of another folder of images with the same name."""
-    path = world.folder("rectify") / "checkpoint.pt"
-    if path.exists():
+    """Raise ValueError when the run folder holds what was trained on another folder of images with the same name."""
+    for stage in ("rectify", "distill"):
+        path = world.folder(stage) / "checkpoint.pt"
+        if not path.exists():
+            continue
         if runs.is_folder(world.name):
             data.refuse_missing_folder(Path(world.name))
-        content = runs.load(path, "rectify")
+        content = runs.load(path, stage)
         with runs.reading(path):
             known = content["settings"]["world"]["data"]
             expected, found = (str(Path(name).resolve()) if runs.is_folder(name) else name for name in (world.name, known))
-        runs.refuse_unless(path, "folder of images", expected=expected, found=found)
+        if runs.is_folder(world.name) or runs.is_folder(known):     # public datasets have their own names (or were renamed)
+            runs.refuse_unless(path, "folder of images", expected=expected, found=found)
 
 
 def recipe_for(world: World, args: argparse.Namespace, recipes: dict):
@@ -141,8 +146,10 @@ def recipe_for(world: World, args: argparse.Namespace, recipes: dict):
         if hasattr(recipe, "horizon"):                              # stage 2 trains to the end of its schedule
             recipe = replace(recipe, horizon=max(recipe.horizon, args.epochs))
     if hasattr(args, "batch_size"):             # the rate goes with it, as in [code] for Cityscapes: 16 images, 0.16
-        rate = recipe.learning_rate * args.batch_size / recipe.batch_size
-        recipe = replace(recipe, batch_size=args.batch_size, learning_rate=rate)
+        larger = min(args.batch_size, len(world.training_images)) / recipe.batch_size
+        if hasattr(recipe, "floor_rate"):
+            recipe = replace(recipe, floor_rate=recipe.floor_rate * larger)
+        recipe = replace(recipe, batch_size=args.batch_size, learning_rate=recipe.learning_rate * larger)
     if hasattr(args, "cache_features"):
         recipe = replace(recipe, augment_once=True)
     return recipe

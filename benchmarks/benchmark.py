@@ -272,7 +272,7 @@ def distillation(bench: Bench, batch: int) -> Sides:
         reference = rectify.reference_features(model, rectifier.prompt, names)
 
     def student() -> distill.Student:
-        return distill.build_student(world, rectifier, query, recipe.backbone, pretrained=False).train()
+        return distill.build_student(world, rectifier, query, recipe, pretrained=False).train()
 
     plains, own = student(), student()
 

@@ -218,11 +218,11 @@ def test_figures_show_what_scores_measures(voc, monkeypatch):
         monkeypatch.setattr(figures, name, lambda *args, name=name, draw=draw: seen.setdefault(name, args) and draw(*args))
     run(figures)
     written = run(scores)
-    curves, counts = seen["distance_figure"]
+    curves, counts, _ = seen["distance_figure"]
     assert list(curves) == STAGES and counts.tolist() == written["maskclip"]["curve"]["objects"]
     for stage, curve in curves.items():
         assert [scores.rounded(100 * value, 2) for value in curve.tolist()] == written[stage]["curve"]["miou"]
-    confusions, names = seen["confusion_figure"]
+    confusions, names, _ = seen["confusion_figure"]
     assert list(confusions) == ["maskclip", "rectify"] and len(names) == 20
     for stage, confusion in confusions.items():
         assert scores.rounded(scores.class_preference(confusion)) == written[stage]["class_preference"]

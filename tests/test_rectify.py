@@ -624,10 +624,12 @@ def test_every_dataset_has_a_recipe_that_the_flags_can_change(stage):
     """Known datasets and folders have a recipe in both stages; --epochs and --batch-size replace their own field, and the
     learning rate goes with the batch."""
     for name in [*data.KNOWN, "some/folder"]:
-        plain = rectify.recipe_for(SimpleNamespace(name=name), Namespace(), stage.RECIPES)
+        world = SimpleNamespace(name=name, training_images=range(1000))
+        plain = rectify.recipe_for(world, Namespace(), stage.RECIPES)
         assert plain == stage.RECIPES["folder" if name == "some/folder" else name]
-        changed = rectify.recipe_for(SimpleNamespace(name=name), Namespace(epochs=1000, batch_size=3), stage.RECIPES)
-        allowed = {"epochs": 1000, "batch_size": 3, "learning_rate": pytest.approx(plain.learning_rate * 3 / plain.batch_size)}
-        allowed |= {"horizon": 1000} if stage is rectify else {}
+        changed = rectify.recipe_for(world, Namespace(epochs=1000, batch_size=3), stage.RECIPES)
+        rates = ["learning_rate"] + (["floor_rate"] if stage is distill else [])
+        allowed = {rate: pytest.approx(getattr(plain, rate) * 3 / plain.batch_size) for rate in rates}
+        allowed |= {"epochs": 1000, "batch_size": 3} | ({"horizon": 1000} if stage is rectify else {})
         assert asdict(changed) == asdict(plain) | allowed          # a horizon before the end would make a rate complex
     assert rectify.RECIPES["folder"].vote_threshold == 0            # of unknown images: whatever wins one window

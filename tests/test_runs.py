@@ -464,6 +464,27 @@ def test_resume_of_a_run_that_saved_nothing_yet_starts_from_its_beginning(tmp_pa
         train(tmp_path / "run", resume=True)                    # the refusal left nothing that would change the answer
 
 
+def test_resume_of_a_newer_run_is_not_hindered_by_an_older_one(tmp_path):
+    """Seed 0 stopped in its second epoch, seed 5 was begun in its place and stopped in its first: seed 5 starts anew."""
+    other = SETTINGS | {"seed": 5}
+    for settings, stop in ((SETTINGS, PER_EPOCH + 1), (other, 1)):
+        with pytest.raises(Interrupted):
+            train(tmp_path, settings=settings, at_step=raise_at(stop, Interrupted()))
+    done = []
+    train(tmp_path, settings=other, resume=True, at_step=done.append)
+    assert done == list(range(STEPS)) and logged_steps(tmp_path) == list(range(STEPS))
+
+
+def test_resume_of_what_is_finished_changes_no_file(tmp_path):
+    """Also after the same run was begun again and killed before its first epoch ended: its stump of a log is dropped."""
+    train(tmp_path)
+    for name in ("metrics.json", "preview.png"):
+        (tmp_path / name).write_text("results")
+    before = contents(tmp_path)
+    train(tmp_path, resume=True)
+    assert contents(tmp_path) == before
+
+
 def test_resume_without_anything_to_resume_starts_from_the_beginning(tmp_path, capsys):
     done = []
     assert_same_weights(train(tmp_path / "a", resume=True, at_step=done.append), train(tmp_path / "b"))
