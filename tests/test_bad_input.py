@@ -320,6 +320,7 @@ NO_DATA = {"missing": ("nowhere", nothing), "empty": ("empty", empty_folder), "a
            "a blank": (" ", nothing), "names twice": ("twice", names_that_differ_in_their_suffix)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script, name, spoil", cases(NO_DATA, "rectify", "distill", "evaluate", slow=["distill"]))
 def test_folder_that_holds_no_dataset_is_refused(place, capsys, script, name, spoil):
     """With class names, so that a folder could be meant."""
@@ -411,6 +412,7 @@ BROKEN_IMAGES = {
     "a git-lfs pointer": lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script, content", cases(BROKEN_IMAGES, "rectify"))
 def test_broken_training_image_is_named(place, capsys, script, content):
     """In a folder of photos that were trained with before: the old results stay."""
@@ -551,6 +553,7 @@ GOOD_IMAGES = {                             # how it is written, what is to be r
                   COLOURS.repeat(15, axis=0).repeat(15, axis=1)[:, :800], 0)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write, pixels, tolerance", cases(GOOD_IMAGES))
 def test_photo_of_any_kind_is_segmented_as_it_looks(place, write, pixels, tolerance):
     """Read as the picture that a viewer shows; the index has its size and no class but the three."""
@@ -604,6 +607,7 @@ PHOTO_NAMES = {"spaces": "my photo.jpg", "Unicode": "Küste 写真.jpg", "quotes
                "bytes that are no UTF-8": os.fsdecode(b"caf\xe9.jpg")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(name, id=key) for key, name in PHOTO_NAMES.items()])
 def test_photo_of_any_name_is_segmented(place, name):
     shutil.copy("photo.jpg", name)
@@ -1012,6 +1016,7 @@ def test_bad_rectification_is_named(place, capsys, script, spoil):
     assert not Path("executed").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script, spoil", cases(BAD_CHECKPOINTS | OF_RECIPE["distill"], "evaluate", "segment",
                                                 slow=["evaluate"]))
 def test_bad_student_is_named(place, capsys, script, spoil):
@@ -1080,6 +1085,7 @@ BAD_CACHES = {
                    else {name: tensor * torch.nan for name, tensor in content.items()})}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["query", "hypotheses"])
 @pytest.mark.parametrize("script, spoil", cases(BAD_CACHES, "rectify", "distill", slow=["distill"]))
 def test_bad_cache_is_made_again(place, script, spoil, kind):
