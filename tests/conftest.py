@@ -23,3 +23,25 @@ def tiny_clip(tmp_path_factory):
     path = tmp_path_factory.mktemp("clip") / "tiny.pt"
     write_openai_archive(path, **SMALLEST)
     return path
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """An empty folder to work in, and recipes of a few seconds."""
+    from helpers import quick_recipes
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights").mkdir()
+    quick_recipes(monkeypatch, tmp_path / "weights")
+    return tmp_path
+
+
+@pytest.fixture
+def trained_voc(place, tiny_clip):
+    """VOC's tree in ./data with a rectification and its student."""
+    import distill
+    import rectify
+    from helpers import run, write_voc_tree
+    write_voc_tree(place / "data")
+    run(rectify, "--data", "voc", "--clip", tiny_clip)
+    run(distill)
+    return place

@@ -16,12 +16,11 @@ import torch
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-import distill
 import evaluate
 import figures
 import rectify
 import scores
-from helpers import photo, quick_recipes, refusal, run, write_photos, write_voc_tree
+from helpers import photo, refusal, run, write_photos
 
 STAGES = ["vanilla", "maskclip", "rectify", "distill"]
 COUNTS = torch.tensor([4, 0, 9, 2])
@@ -176,21 +175,8 @@ def test_small_pictures_stay_as_they_are_and_large_ones_become_small_enough():
 # ------------------------------------------------------------------------------------------ the command
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
-    """An empty folder to work in, and recipes of a few seconds."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "weights").mkdir()
-    quick_recipes(monkeypatch, tmp_path / "weights")
-    return tmp_path
-
-
-@pytest.fixture
-def voc(place, tiny_clip):
-    """VOC's tree in ./data with a rectification and its student."""
-    write_voc_tree(place / "data")
-    run(rectify, "--data", "voc", "--clip", tiny_clip)
-    run(distill)
-    return place
+def voc(trained_voc):
+    return trained_voc
 
 
 ALL = ["figure1_confusion.png", "figure1_distance.png", "figure3_hypothesis.png", "figure4_logits.png",

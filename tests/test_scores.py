@@ -28,7 +28,7 @@ import runs
 import scores
 import toyland
 from conftest import ROOT
-from helpers import VOC_BASE, quick_recipes, refusal, run, write_label, write_photos, write_public_tree, write_voc_tree
+from helpers import VOC_BASE, refusal, run, write_label, write_photos, write_public_tree, write_voc_tree
 
 IGNORE = 255
 CLASSES = 4
@@ -433,21 +433,8 @@ def test_evenly_spaced_items_are_in_order_and_none_twice(length, most):
 # ------------------------------------------------------------------------------------------ the command
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
-    """An empty folder to work in, and recipes of a few seconds."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "weights").mkdir()
-    quick_recipes(monkeypatch, tmp_path / "weights")
-    return tmp_path
-
-
-@pytest.fixture
-def voc(place, tiny_clip):
-    """VOC's tree in ./data with a rectification and its student."""
-    write_voc_tree(place / "data")
-    run(rectify, "--data", "voc", "--clip", tiny_clip)
-    run(distill)
-    return place
+def voc(trained_voc):
+    return trained_voc
 
 
 @pytest.fixture

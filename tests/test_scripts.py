@@ -29,20 +29,11 @@ import runs
 import segment
 import toyland
 from conftest import ROOT
-from helpers import (SMALLEST, VOC_BASE, photo, quick_recipes, refusal, run, write_label, write_openai_archive, write_photos,
+from helpers import (SMALLEST, VOC_BASE, photo, refusal, run, write_label, write_openai_archive, write_photos,
                      write_voc_tree)
 
 SCRIPTS = ["check", "distill", "evaluate", "figures", "rectify", "scores", "segment", "toyland"]
 FIELDS = {"miou", "pixel_accuracy", "per_class_iou", "fingerprint"}
-
-
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    """An empty folder to work in, and recipes of a few seconds."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "weights").mkdir()
-    quick_recipes(monkeypatch, tmp_path / "weights")
-    return tmp_path
 
 
 @pytest.fixture
