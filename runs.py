@@ -151,6 +151,9 @@ def errors_in_one_paragraph():
     """
     try:
         yield
+    except BrokenPipeError:                     # `| head` has read enough: no error, and nothing to say at the last flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
     except (ValueError, OSError) as error:
         text = str(error) or type(error).__name__
         if "Original Traceback" in text:        # from a worker process: torch puts the traceback before the message

@@ -287,6 +287,16 @@ def test_error_from_a_worker_process_is_said_without_its_traceback(capsys):
     assert capsys.readouterr().err.strip() == "error: a.jpg: expected an image, found text."
 
 
+def test_who_stops_reading_gets_no_complaint():
+    """`| head` closes the pipe: that is no fault of the run folder."""
+    program = (f"import sys; sys.path[:0] = [{str(ROOT)!r}]\nimport runs\nwith runs.errors_in_one_paragraph():\n"
+               "    while True: print('line', flush=True)")
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait(timeout=60) == 141
+
+
 @pytest.mark.parametrize("error", [AssertionError, TypeError, RuntimeError, ZeroDivisionError])
 def test_our_own_mistakes_keep_their_traceback(error):
     with pytest.raises(error), runs.errors_in_one_paragraph():
