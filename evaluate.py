@@ -157,11 +157,10 @@ def existing_stages(world: World) -> list[str]:
     stages = ["vanilla", "maskclip"] + (["rectify"] if teacher.exists() else [])
     if not student.exists():
         return stages
-    settings = rectify.load_checkpoint(student, "distill")["settings"]
+    checkpoint = rectify.load_checkpoint(student, "distill")
+    settings, other = checkpoint["settings"], list(world.misfits(checkpoint))
     with runs.reading(student):
         of_clip = settings["recipe"]["ablation"] == "maskclip+"             # a student that needs no rectification
-    other = [what for part, what in (("synonyms", "class list"), ("clip", "CLIP"))
-             if settings["world"][part] != world.described()[part]]
     if not other and not of_clip and teacher.exists() \
             and settings["teacher"] != distill.teacher_of(rectify.load_checkpoint(teacher, "rectify")):
         other = [f"rectification than {teacher}"]

@@ -379,8 +379,12 @@ class Training:
         return path.is_file() and path.read_bytes() == self.mark()
 
     def is_finished(self) -> bool:
-        """Whether --resume found this very run at its end (and not killed between its checkpoint and its last file)."""
-        return self.first_step == self.steps and not self.is_begun()
+        """Whether --resume found this very run at its end. Not if it was killed between its checkpoint and its last file:
+        then resume.pt or its whole log is still in `unfinished/` (and of one begun again and killed early, a stump)."""
+        log = self.unfinished / "log.jsonl"
+        last = log.read_text(errors="replace").splitlines()[-1:] if log.exists() else []
+        ending = (self.unfinished / "resume.pt").exists() or [logged_step(line) for line in last] == [self.steps - 1]
+        return self.first_step == self.steps and not ending
 
     def __enter__(self):
         from tqdm import tqdm

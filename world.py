@@ -80,9 +80,14 @@ class World:
     def refuse_misfit(self, checkpoint: dict) -> None:
         """Raise ValueError when a checkpoint was made for another class list or another CLIP."""
         path = self.folder(checkpoint["stage"]) / "checkpoint.pt"
+        for what, (expected, found) in self.misfits(checkpoint).items():
+            runs.refuse_unless(path, what, expected, found)
+
+    def misfits(self, checkpoint: dict) -> dict[str, tuple]:
+        """What a checkpoint was made for that is another here: "class list" or "CLIP" → (expected, found)."""
         expected, found = self.described(), checkpoint["settings"]["world"]
-        for part, what in (("synonyms", "class list"), ("clip", "CLIP")):
-            runs.refuse_unless(path, what, expected=expected[part], found=found[part])
+        return {what: (expected[part], found[part]) for part, what in (("synonyms", "class list"), ("clip", "CLIP"))
+                if expected[part] != found[part]}
 
 
 def open_world(args: argparse.Namespace, checkpoint: dict | None = None,

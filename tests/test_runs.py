@@ -493,6 +493,10 @@ def test_resume_of_what_is_finished_changes_no_file(tmp_path):
     before = contents(tmp_path)
     train(tmp_path, resume=True)
     assert contents(tmp_path) == before
+    with pytest.raises(Interrupted):
+        train(tmp_path, at_step=raise_at(1, Interrupted()))
+    train(tmp_path, resume=True)
+    assert contents(tmp_path) == before
 
 
 def test_resume_without_anything_to_resume_starts_from_the_beginning(tmp_path, capsys):
