@@ -182,7 +182,7 @@ def cached_cosines(world: World, query: Tensor, images: dict[str, Path], recipe:
     key = ("cosines", world.fingerprint, world.vocabulary.synonyms, world.vocabulary.templates, recipe.short_side,
            world.precision, stamps_of(images))
     shape = (len(images), len(query))
-    return runs.cached(world.folder("cache"), "cosines", key,
+    return runs.cached(world.cache, "cosines", key,
                        make=lambda: whole_image_cosines(world, query, images, recipe.short_side),
                        fits=lambda cosines: cosines.shape == shape and bool(cosines.isfinite().all()))
 
@@ -285,6 +285,8 @@ IN_PLACE_OF = {
     "fine-tuned": {"Rectifier": FineTuned, "Inherited": WithoutTower},          # Table VI
     "loss-cosine": {"contrastive_loss": cosine_loss, "text_loss": cosine_loss},
     "loss-area": {"contrastive_loss": area_loss, "text_loss": area_loss},
+    "no-bias+loss-cosine": {"Rectifier": NoBias, "contrastive_loss": cosine_loss, "text_loss": cosine_loss},
+    "no-bias+loss-area": {"Rectifier": NoBias, "contrastive_loss": area_loss, "text_loss": area_loss},
     # Stage 2: Table VIII, Table IX, and MaskCLIP+.
     "loss-mask": {},                                                            # numbers alone, see below
     "loss-mask+feature": {},

@@ -278,14 +278,18 @@ def load_student(world: World, query: Tensor) -> tuple[Recipe, Student]:
         return recipe, student.eval()
 
 
+def resolved(world: World, args: argparse.Namespace, teacher_recipe: rectify.Recipe) -> Recipe:
+    """The dataset's recipe with what the flags say put in, and the teacher's ablation."""
+    recipe = recipe_for(world, inheriting(args, teacher_recipe), RECIPES)
+    return replace(recipe, backbone=getattr(args, "backbone", recipe.backbone))
+
+
 def main(args: argparse.Namespace) -> Path:
     """Distil the newest rectification (making one first if there is none) and return the checkpoint's path."""
     world, teacher_checkpoint = world_and_teacher(args)
     query = cached_query(world)
     teacher_recipe, rectifier = load_rectifier(world, teacher_checkpoint)
-    recipe = recipe_for(world, inheriting(args, teacher_recipe), RECIPES)
-    if hasattr(args, "backbone"):
-        recipe = replace(recipe, backbone=args.backbone)
+    recipe = resolved(world, args, teacher_recipe)
     images = world.training_images
     per_epoch = data.steps_per_epoch(len(images), recipe.batch_size)
     steps = recipe.epochs * per_epoch

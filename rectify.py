@@ -28,7 +28,8 @@ import math
 import runs
 
 ABLATIONS = ("without-decoder", "whole-image", "entangled", "learnable-query", "addition", "fine-tuned", "no-bias",
-             "loss-cosine", "loss-area", "reclip", "reclip+decoder", "reclip+decoder+windows")      # see ablations.py
+             "loss-cosine", "loss-area", "no-bias+loss-cosine", "no-bias+loss-area", "reclip", "reclip+decoder",
+             "reclip+decoder+windows")                                          # see ablations.py
 
 
 def flags() -> argparse.ArgumentParser:
@@ -36,6 +37,13 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument_group("ablation").add_argument(
         "--ablation", choices=("none", *ABLATIONS), metavar="NAME", default=argparse.SUPPRESS,
         help=f"train ReCLIP++ with one part replaced, or ReCLIP: {', '.join(ABLATIONS)} (default: none)")
+    hypothesis = parser.add_argument_group("hypothesis (Eq. 6)")
+    hypothesis.add_argument("--vote-threshold", type=runs.share, metavar="T", default=argparse.SUPPRESS,
+                            help="t: a class needs more than this share of an image's windows. 0: one window is enough "
+                                 "(default: the dataset's recipe)")
+    hypothesis.add_argument("--window-ratio", type=runs.ratio, metavar="R", default=argparse.SUPPRESS,
+                            help="r: a window's share of the image's height and width; cost grows as 1/r² (default: the "
+                                 "dataset's recipe)")
     parser.add_argument_group("speed").add_argument(
         "--cache-features", type=runs.gigabytes, metavar="GB", default=argparse.SUPPRESS,
         help="let CLIP look at every image once, under one augmentation, and keep what it sees in at most so many GB of memory "
@@ -413,7 +421,7 @@ def cached_query(world: World) -> Tensor:
     """W_q (C, D), from `cache/` beside the stages if it was made for the same words and weights."""
     key = ("query", world.fingerprint, world.vocabulary.synonyms, world.vocabulary.templates)
     shape = (len(world.vocabulary), world.clip_model.visual.proj.shape[1])
-    return runs.cached(world.folder("cache"), "query", key, lambda: query_features(world.clip_model, world.vocabulary),
+    return runs.cached(world.cache, "query", key, lambda: query_features(world.clip_model, world.vocabulary),
                        fits=lambda query: query.shape == shape and bool(query.isfinite().all())).to(world.device)
 
 
@@ -429,7 +437,7 @@ def cached_votes(world: World, query: Tensor, images: dict[str, Path], recipe: R
     def fits(votes: dict[str, Tensor]) -> bool:
         return all(votes[name].shape == (len(query),) and bool(votes[name].isfinite().all()) for name in images)
 
-    votes = runs.cached(world.folder("cache"), "hypotheses", key, make, fits)
+    votes = runs.cached(world.cache, "hypotheses", key, make, fits)
     return torch.stack([votes[name] for name in images])
 
 
@@ -466,10 +474,10 @@ def cached_features(world: World, rectifier: Rectifier, dataset: data.TrainingIm
 
     key = ("features", world.fingerprint, world.precision, dataset.seed, stamps_of(world.training_images), recipe.dense_path,
            recipe.short_side, recipe.crop, recipe.scale, recipe.distort)
-    for other in world.folder("cache").glob("features-*.pt"):       # of another seed or recipe: they are large
+    for other in world.cache.glob("features-*.pt"):       # of another seed or recipe: they are large
         if other.name != f"features-{runs.seed_of(key):016x}.pt":
             other.unlink()
-    return runs.cached(world.folder("cache"), "features", key, make,
+    return runs.cached(world.cache, "features", key, make,
                        fits=lambda found: found.shape == shape and found.dtype == torch.float16 and bool(found.isfinite().all()))
 
 
@@ -491,15 +499,20 @@ def load_rectifier(world: World, checkpoint: dict) -> tuple[Recipe, Rectifier]:
 # ------------------------------------------------------------------------------------------ the run
 
 
+def resolved(world: World, args: argparse.Namespace) -> Recipe:
+    """The dataset's recipe with what the flags say put in, and no more learned vectors than the class names leave room for."""
+    recipe = recipe_for(world, args, RECIPES)
+    room = world.clip_model.prompt_room(world.vocabulary.names)             # the end token is never lost: the context gives way
+    return replace(recipe, prompt_length=min(room, recipe.prompt_length))
+
+
 def main(args: argparse.Namespace) -> Path:
     """Train stage 1, measure it where labels exist, and return the checkpoint's path."""
     world = open_world(args)
     refuse_another_folder(world)
-    recipe = recipe_for(world, args, RECIPES)
-    room = world.clip_model.prompt_room(world.vocabulary.names)
-    if room < recipe.prompt_length:                 # the end token is never lost: the learned context gives way
-        print(f"The longest class name leaves room for {room} learned vectors instead of {recipe.prompt_length}.")
-        recipe = replace(recipe, prompt_length=room)
+    recipe = resolved(world, args)
+    if recipe.prompt_length < (usual := recipe_for(world, args, RECIPES).prompt_length):
+        print(f"The longest class name leaves room for {recipe.prompt_length} learned vectors instead of {usual}.")
     images = world.training_images
     per_epoch = data.steps_per_epoch(len(images), recipe.batch_size)
     steps, horizon = recipe.epochs * per_epoch, recipe.horizon * per_epoch

@@ -1,25 +1,45 @@
-"""Run all stages with several seeds and tabulate mean and spread: the numbers of the README.
+"""The paper's tables, figures and claims: runs what they need, and shows ours beside the paper's.
 
-    python reproduce.py                        five seeds in Toyland, about half an hour on two cores
-    python reproduce.py --data voc --seeds 3   the same for a real dataset
+    python reproduce.py                              all of it in Toyland
+    python reproduce.py table2 figure1 --data voc    these alone, for a real dataset, on a GPU
+    python reproduce.py table2 --data ade --plan     the commands and the paper's numbers; runs nothing
 
-Writes runs/seeds/<seed>/<data>/… and runs/seeds/<data>.json. What is finished is not run again, so that an interrupted
-reproduction continues where it stopped.
+Everything is made by the scripts of this project, each run in a folder of its own. What is finished is taken as it is, so
+that a reproduction can be stopped (Ctrl-C) and continued by the same command. Writes runs/reproduce/<data>/: results.md,
+results.json and the figures. What the paper says stands in paper.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import runs
+from paper import CLAIMS, FIGURES, RATIOS, SYSTEMS, TABLES, Cell, Claim, Table, stage_1
+
+WHAT = (*TABLES, *(name for name in FIGURES if name not in TABLES))
 
 
 def flags() -> argparse.ArgumentParser:
     parser = runs.common_flags(__doc__, training=False, seed=False)
-    parser.add_argument("--seeds", type=runs.positive, default=5, metavar="N", help="use the seeds 0..N−1")
+    parser.add_argument("what", nargs="*", metavar="WHAT", help=f"{', '.join(WHAT)} (default: all of them)")
+    extra = parser.add_argument_group("reproduction")
+    extra.add_argument("--seeds", type=runs.positive, default=3, metavar="N", help="use the seeds 0..N−1")
+    extra.add_argument("--epochs", type=runs.positive, metavar="N", default=argparse.SUPPRESS,
+                       help="of every training, to be done sooner (default: the recipes')")
+    extra.add_argument("--jobs", type=runs.positive, metavar="N", default=argparse.SUPPRESS,
+                       help="trainings at a time, which share the cores (default: one beside a GPU, else one a core, at most 8)")
+    extra.add_argument("--plan", action="store_true", help="run nothing: list the commands, and show what is there")
     return parser
 
 
@@ -30,71 +50,412 @@ import numpy as np
 
 import distill
 import evaluate
+import figures
 import rectify
 from clip.download import sha256
 from public_datasets import DATASETS
-from world import World, open_world, recipe_for
+from world import World, open_world
+
+SCRIPTS = {"rectify": rectify, "distill": distill}
+
+# ------------------------------------------------------------------------------------------ what has to be run
 
 
-def one_seed(args: argparse.Namespace, seed: int) -> dict:
-    """The metrics of all stages for one seed; what is in its folder already is used, if it was made with these numbers."""
-    known = {name: value for name, value in vars(args).items() if name not in ("seeds", "out", "data")}
-    known |= {"seed": seed, "out": str(Path(args.out) / "seeds" / str(seed)), "data": getattr(args, "data", "toyland")}
-    world = open_world(argparse.Namespace(**known))
-    for stage in (rectify, distill):
-        folder = world.folder(stage.__name__)
-        if (folder / "checkpoint.pt").exists() and not (folder / "unfinished").exists():
-            made = rectify.load_checkpoint(folder / "checkpoint.pt", stage.__name__)
-            world.refuse_misfit(made)
-            recipe = asdict(recipe_for(world, argparse.Namespace(**known), stage.RECIPES))
-            expected = {"recipe": runs.plain(recipe), "precision": world.precision, "seed": seed}
-            runs.refuse_unless(folder / "checkpoint.pt", "recipe, precision or seed", expected=expected,
-                               found={name: made["settings"].get(name) for name in expected})
-        else:
-            print(f"\n==== seed {seed} ====")
-            stage.main(argparse.Namespace(**known, resume=True))
-    metrics = measured(world)
-    if metrics is None:
-        metrics = evaluate.main(argparse.Namespace(**known, labels=None, prompt_denoising=0.0, key_smoothing=0.0))
-    if missing := evaluate.STAGES.keys() - metrics:
-        raise ValueError(f"{world.folder('evaluate')}: expected results of every stage, found none of {', '.join(missing)}. "
-                         "Remove the folder of this seed and start again.")
-    return metrics
+@dataclass(frozen=True)
+class Job:
+    """One command: a script for a system, with one seed. `probe` is scores.py with --probe."""
+    system: str
+    script: str                             # rectify, distill, evaluate, scores, probe
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.system}, {self.script}, seed {self.seed}"
 
 
-def measured(world: World) -> dict | None:
-    """What evaluate.py wrote, if it is of these very checkpoints, in this precision and without refinements."""
-    path = world.folder("evaluate") / "metrics.json"
-    try:
-        metrics = json.loads(path.read_text())
-        for stage in evaluate.STAGES:
-            made, checkpoint = metrics[stage]["fingerprint"], world.folder(stage) / "checkpoint.pt"
-            weights = sha256(checkpoint)[:16] if checkpoint.exists() else None
-            if made["weights"] != weights or made["precision"] != world.precision or any(made["refinements"].values()):
+def jobs_of(cell: Cell, seed: int) -> list[Job]:
+    """What has to be run, in this order, for one number."""
+    system, stage, measure = cell
+    flags_of = SYSTEMS[system]
+    jobs = [Job(flags_of.teacher, "rectify", seed)] if flags_of.teacher else []
+    if flags_of.rectify is not None and (stage == "rectify" or flags_of.distill is None or stage == "distill"):
+        jobs.append(Job(system, "rectify", seed))
+    if stage == "distill":
+        jobs.append(Job(system, "distill", seed))
+    if measure == "probe":
+        return [*jobs, Job(system, "probe", seed)]
+    if measure != "miou":
+        return [*jobs, Job(system, "scores", seed)]
+    return jobs if stage in SCRIPTS else [*jobs, Job(system, "evaluate", seed)]
+
+
+def plan(cells: list[Cell], seeds: int) -> list[Job]:
+    """All jobs for the cells, seed by seed, trainings of the same system together; measuring comes after its trainings."""
+    wanted = {job for seed in range(seeds) for cell in cells for job in jobs_of(cell, seed)}
+    wanted -= {replace(job, script="scores") for job in wanted if job.script == "probe"}          # the probe has them too
+    order, scripts = list(SYSTEMS), ("rectify", "distill", "evaluate", "scores", "probe")
+    return sorted(wanted, key=lambda job: (job.seed, order.index(job.system), scripts.index(job.script)))
+
+
+def waits_for(job: Job, jobs: list[Job]) -> list[Job]:
+    """The jobs that must be finished before: a student's teacher, and for what measures all that is trained."""
+    before = {"rectify": (), "distill": ("rectify",)}.get(job.script, ("rectify", "distill"))
+    owners = (job.system, SYSTEMS[job.system].teacher) if job.script == "distill" else (job.system,)
+    return [other for other in jobs if other.seed == job.seed and other.system in owners and other.script in before]
+
+
+# ------------------------------------------------------------------------------------------ one reproduction
+
+
+class Reproduction:
+    """The runs of one dataset below `<out>/reproduce/<data>/`: what is there, and the commands for what is not."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.data = getattr(args, "data", "toyland")
+        if runs.is_folder(self.data):
+            raise ValueError(f"--data {self.data}: expected toyland or voc, whose labels are known, or another of "
+                             f"{', '.join(DATASETS)}; found a folder. For one of your own run rectify.py, distill.py and "
+                             "evaluate.py --labels DIR.")
+        self.args, self.root = args, Path(args.out) / "reproduce" / self.data
+        known = {name: value for name, value in vars(args).items() if name not in ("what", "seeds", "epochs", "jobs", "plan")}
+        self.common = argparse.Namespace(**known | {"data": self.data, "cache": str(self.root / "cache")})
+        self.world: World | None = None
+        self.same: dict[str, str] = {}      # a point of a sweep that is the recipe itself: no run of its own
+
+    def open(self) -> None:
+        """Open images, words and CLIP: needed to know whether a run was made with the numbers that would be used now."""
+        self.world = open_world(self.common)
+        recipe = {name: rectify.resolved(self.world, self.parsed(Job(name, "rectify", 0)))
+                  for name, system in SYSTEMS.items() if system.rectify is not None}
+        self.same = {name: "reclip++" for name in recipe if name != "reclip++" and recipe[name] == recipe["reclip++"]}
+
+    def out(self, job: Job) -> Path:
+        return self.root / job.system / str(job.seed)
+
+    def folder(self, job: Job) -> Path:
+        return runs.stage_folder(self.out(job), self.data, "scores" if job.script == "probe" else job.script)
+
+    def world_of(self, job: Job) -> World:
+        return replace(self.world, out=str(self.out(job)))
+
+    def arguments(self, job: Job) -> list[str]:
+        """The flags of a job."""
+        given = ["--data", self.data, "--out", str(self.out(job)), "--cache", str(self.common.cache), "--seed", str(job.seed)]
+        for name in ("root", "clip", "classes", "device", "workers"):
+            if hasattr(self.args, name):
+                given += [f"--{name}", str(getattr(self.args, name))]
+        if self.args.precision != "fp32":
+            given += ["--precision", self.args.precision]
+        given += [f"--{name.replace('_', '-')}" for name in ("compile", "skip_broken") if getattr(self.args, name)]
+        if job.script in SCRIPTS:
+            given += ["--resume", *(["--epochs", str(self.args.epochs)] if hasattr(self.args, "epochs") else []),
+                      *getattr(SYSTEMS[job.system], job.script)]
+        return given + ["--probe"] * (job.script == "probe")
+
+    def parsed(self, job: Job) -> argparse.Namespace:
+        return SCRIPTS[job.script].flags().parse_args(self.arguments(job))
+
+    def command(self, job: Job) -> list[str]:
+        return [f"{'scores' if job.script == 'probe' else job.script}.py", *self.arguments(job)]
+
+    # -------------------------------------------------------------------------------------- what is there
+
+    def finished(self, job: Job) -> bool:
+        """Whether a job's result is there. Raises ValueError for a training that was made with other numbers."""
+        return self.result(job) is not None
+
+    def result(self, job: Job) -> dict | None:
+        """What a finished job measured: the metrics of the trained stage, or those of every stage; None if it is not there."""
+        if job.script not in SCRIPTS:
+            return self.measured(job)
+        folder = self.folder(job)
+        path = folder / "checkpoint.pt"
+        if not path.exists() or (folder / "unfinished").exists():
+            return None
+        made, world = rectify.load_checkpoint(path, job.script), self.world_of(job)
+        world.refuse_misfit(made)
+        recipe = rectify.resolved(world, self.parsed(job)) if job.script == "rectify" else \
+            distill.resolved(world, self.parsed(job), rectify.saved_recipe(made, "teacher_recipe"))
+        expected = {"recipe": runs.plain(asdict(recipe)), "precision": world.precision, "seed": job.seed}
+        runs.refuse_unless(path, "recipe, precision or seed", expected, {name: made["settings"].get(name) for name in expected})
+        metrics = read_json(folder / "metrics.json")
+        return metrics if self.fits(metrics, path) else None
+
+    def measured(self, job: Job) -> dict | None:
+        """What evaluate.py or scores.py wrote, if it is of these very checkpoints."""
+        name = {"evaluate": "metrics.json"}.get(job.script, "scores.json")
+        found = read_json(self.folder(job) / name)
+        stages = ["maskclip", *(stage for stage in SCRIPTS
+                                if (runs.stage_folder(self.out(job), self.data, stage) / "checkpoint.pt").exists())]
+        for stage in stages:
+            checkpoint = runs.stage_folder(self.out(job), self.data, stage) / "checkpoint.pt"
+            of_stage = found.get(stage)
+            if not self.fits(of_stage, checkpoint) or job.script == "probe" and "probe" not in of_stage:
                 return None
-            float(metrics[stage]["miou"])
-        return metrics
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return None
+        return found
+
+    def fits(self, metrics, checkpoint: Path) -> bool:
+        """Whether metrics are of this checkpoint, in this precision and without refinements."""
+        try:
+            made = metrics["fingerprint"]
+            weights = sha256(checkpoint)[:16] if checkpoint.exists() else None
+            return made["weights"] == weights and made["precision"] == self.world.precision \
+                and not any(made.get("refinements", {}).values())
+        except (TypeError, KeyError, AttributeError):
+            return False
+
+    def value(self, cell: Cell, seed: int) -> float | None:
+        """One number; None where it has not been measured."""
+        system, stage, measure = cell
+        *_, job = jobs_of((self.same.get(system, system), stage, measure), seed)
+        result = self.result(job) or (self.result(replace(job, script="probe")) if job.script == "scores" else None)
+        if result is None:
+            return None
+        of_stage = result if job.script in SCRIPTS else result[stage]
+        return of_stage["probe"]["miou"] if measure == "probe" else of_stage[measure]
+
+    # -------------------------------------------------------------------------------------- what is not there
+
+    def missing(self, cells: list[Cell]) -> list[Job]:
+        cells = [(self.same.get(system, system), stage, measure) for system, stage, measure in cells]
+        return [job for job in plan(cells, self.args.seeds) if not self.finished(job)]
+
+    def run(self, jobs: list[Job]) -> None:
+        """Run all jobs, several at a time. Raises ValueError when one fails, KeyboardInterrupt when stopped."""
+        at_once = getattr(self.args, "jobs", 1 if self.world.device.type != "cpu" else min(8, os.cpu_count() or 1))
+        environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // at_once)), **os.environ, "TQDM_DISABLE": "1"}
+        waiting, running, started = list(jobs), {}, time.monotonic()
+        processes: list[subprocess.Popen] = []
+        print(f"{len(jobs)} commands to run, {at_once} at a time.")
+        with stopped_politely(processes), ThreadPoolExecutor(at_once) as pool:
+            while waiting or running:
+                unfinished = [*waiting, *running.values()]
+                for job in [job for job in waiting if not waits_for(job, unfinished)][:at_once - len(running)]:
+                    waiting.remove(job)
+                    running[pool.submit(self.run_one, job, environment, processes)] = job
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    job = running.pop(future)
+                    try:
+                        seconds = future.result()
+                    except ValueError:
+                        for process in processes:           # what goes on is saved, and resumed by the same command
+                            process.send_signal(signal.SIGINT)
+                        raise
+                    print(f"{clock(time.monotonic() - started)}  {len(jobs) - len(waiting) - len(running)}/{len(jobs)}  "
+                          f"{job} ({clock(seconds)}){self.said(job)}", flush=True)
+
+    def said(self, job: Job) -> str:
+        return f": {self.result(job)['miou']:.1f}" if job.script in SCRIPTS else ""
+
+    def run_one(self, job: Job, environment: dict, processes: list) -> float:
+        """Run one command, with its output in a file beside the run; returns its seconds."""
+        out, started = self.out(job), time.monotonic()
+        out.mkdir(parents=True, exist_ok=True)
+        if job.script == "distill" and (teacher := SYSTEMS[job.system].teacher):
+            of_teacher = self.folder(Job(teacher, "rectify", job.seed))
+            take_over(of_teacher, self.folder(replace(job, script="rectify")))
+        script, *arguments = self.command(job)
+        log = out / f"{job.script}.log"
+        with open(log, "wb") as file:
+            process = subprocess.Popen([sys.executable, str(Path(__file__).parent / script), *arguments], stdout=file,
+                                       stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+            processes.append(process)
+            code = process.wait()
+            processes.remove(process)
+        if code or not self.finished(job):
+            text = log.read_text(errors="replace").strip()
+            raise ValueError(f"{job}: expected the command to succeed, found exit code {code} ({log}): "
+                             f"{text[text.rfind('error: ') if 'error: ' in text else -500:]}\nIt was: python "
+                             f"{shlex.join([script, *arguments])}")
+        return time.monotonic() - started
 
 
-def main(args: argparse.Namespace) -> None:
-    data = getattr(args, "data", "toyland")
-    if runs.is_folder(data):
-        raise ValueError(f"--data {data}: expected toyland or voc, whose labels are known, or another of {', '.join(DATASETS)}; "
-                         "found a folder. For one of your own run rectify.py, distill.py and evaluate.py --labels DIR.")
-    found = [one_seed(args, seed) for seed in range(args.seeds)]
-    table = {}
-    for stage, title in evaluate.STAGES.items():
-        values = [metrics[stage]["miou"] for metrics in found]
-        table[stage] = {"title": title, "miou": values, "mean": round(float(np.mean(values)), 2),
-                        "spread": round(float(np.std(values, ddof=1)), 2) if len(values) > 1 else None}
-    runs.write_json(Path(args.out) / "seeds" / f"{Path(data).name}.json", {"versions": runs.versions(), "stages": table})
-    print(f"\nmIoU in percent on {data}, {args.seeds} seeds (spread: standard deviation over seeds)\n")
-    print("| stage | mean | spread | seeds 0, 1, … |\n|---|---|---|---|")
-    for row in table.values():
-        print(f"| {row['title']} | {row['mean']:.1f} | {'–' if row['spread'] is None else format(row['spread'], '.1f')} | "
-              f"{' '.join(format(value, '.1f') for value in row['miou'])} |")
+def take_over(source: Path, target: Path) -> None:
+    """Copy a finished stage, unless it is there already."""
+    if (target / "checkpoint.pt").exists() and sha256(target / "checkpoint.pt") == sha256(source / "checkpoint.pt"):
+        return
+    part = target.with_name(f"{target.name}.part")
+    for folder in (part, target):
+        shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(source, part)
+    os.replace(part, target)
+
+
+class stopped_politely:
+    """Ctrl-C or a kill of this process reaches the processes that it started once, so that each saves before it ends.
+
+    They run in sessions of their own: the terminal's Ctrl-C would reach them beside ours, and the second one does not wait.
+    """
+
+    def __init__(self, processes: list[subprocess.Popen]):
+        self.processes = processes
+
+    def __enter__(self):
+        self.old = signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def __exit__(self, kind, *_):
+        signal.signal(signal.SIGTERM, self.old)
+        if kind is KeyboardInterrupt:
+            print("Stopping: waiting for the trainings to save.", flush=True)
+            for process in self.processes:
+                process.send_signal(signal.SIGINT)
+
+
+def read_json(path: Path) -> dict:
+    """{} for a file that is not there or not JSON: it is measured again."""
+    try:
+        content = json.loads(path.read_text())
+        return content if isinstance(content, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+# ------------------------------------------------------------------------------------------ what is shown
+
+NAMES = {"voc": "VOC", "context": "Context", "ade": "ADE20K", "cityscapes": "Cityscapes", "coco": "COCO-Stuff 27"}
+
+
+def mean_and_spread(values: list[float], digits: int = 1) -> str:
+    """`46.7 ± 1.2`: mean and standard deviation over seeds; the number alone where there is one."""
+    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{spread}".replace("-", "−")
+
+
+def table_lines(table: Table, values: dict[Cell, list[float]], data: str) -> list[str]:
+    """A table as Markdown: the paper's columns (of `data`, in Toyland of all datasets that the table knows) and ours."""
+    of_paper = "context" if data == "context-voc-first" else data
+    columns = [name for name in NAMES if any(name in row.paper for row in table.rows) and of_paper in ("toyland", name)]
+    lines = [f"### {table.title}", "",
+             "| | " + " | ".join([f"{NAMES[name]} (paper)" for name in columns] + [f"{data} (ours)", "each seed"]) + " |",
+             "|---" * (3 + len(columns)) + "|"]
+    for row in table.rows:
+        cells = [f"{row.paper[name]:.{table.digits}f}".replace("-", "−") if name in row.paper else "" for name in columns]
+        ours = values.get(row.cell, [])
+        each = " ".join(f"{value:.{table.digits}f}".replace("-", "−") for value in ours) if len(ours) > 1 else ""
+        lines.append("| " + " | ".join([row.title, *cells, mean_and_spread(ours, table.digits) if ours else "", each]) + " |")
+    return [*lines, ""]
+
+
+def differences(claim: Claim, values: dict[Cell, list[float]]) -> list[float]:
+    """For each seed, by how much `better` is above the best of `worse`; empty where a number is missing."""
+    cells = [claim.better, *claim.worse]
+    if not all(cell is None or cell in values for cell in cells):
+        return []
+    seeds = max(len(values[cell]) for cell in cells if cell is not None)
+    better, *worse = [[0.0] * seeds if cell is None else values[cell] for cell in cells]
+    return [high - max(low) for high, *low in zip(better, *worse)]
+
+
+def verdict(difference: list[float]) -> str:
+    """held: the mean difference is above zero and above its own spread over seeds (one seed: above zero)."""
+    mean, spread = np.mean(difference), np.std(difference, ddof=1) if len(difference) > 1 else 0.0
+    if mean > spread:
+        return "held"
+    return "not held: reversed" if mean < -spread else "not held: within the spread"
+
+
+def in_paper(claim: Claim, data: str) -> str:
+    """The paper's own difference where it gives both numbers: of `data`, in Toyland of VOC, else of Context."""
+    rows = {row.cell: row.paper for row in TABLES[claim.source].rows} if claim.source in TABLES else {}
+    for name in ("voc", "context") if data == "toyland" else (data.removesuffix("-voc-first"),):
+        cells = [rows.get(cell, {}).get(name) for cell in (claim.better, *claim.worse)]
+        if None not in cells:
+            digits = TABLES[claim.source].digits
+            return f"{cells[0] - max(cells[1:]):+.{digits}f} ({NAMES[name]})".replace("-", "−")
+    return ""
+
+
+def claim_lines(claims: list[Claim], values: dict[Cell, list[float]], data: str) -> list[str]:
+    lines = ["### Claims", "",
+             "The difference that a claim says is above zero, for each seed. Held: its mean is above zero and above its spread "
+             "(standard deviation over seeds).", "",
+             f"| | claim | paper | {data}: mean ± spread | each seed | |", "|---|---|---|---|---|---|"]
+    for claim in claims:
+        difference = differences(claim, values)
+        digits = TABLES[claim.source].digits if claim.source in TABLES else 2
+        each = " ".join(f"{value:+.{digits}f}".replace("-", "−") for value in difference)
+        lines.append("| " + " | ".join([claim.source, claim.text, in_paper(claim, data),
+                                        mean_and_spread(difference, digits) if difference else "", each,
+                                        verdict(difference) if difference else "not run"]) + " |")
+    held = [verdict(difference) == "held" for claim in claims if (difference := differences(claim, values))]
+    return [*lines, "", f"{sum(held)} of {len(held)} held." if held else "Nothing has been run.", ""]
+
+
+def draw(reproduction: Reproduction, wanted: list[str], values: dict[Cell, list[float]]) -> list[str]:
+    """Draw the wanted figures of seed 0 (figure 3: of all seeds' means) and return their file names."""
+    job = Job("reclip++", "rectify", 0)
+    points = {"t": [], "r": []}
+    for row in TABLES["figure3"].rows:
+        name, _, number = row.cell[0].partition("=")
+        if number and row.cell in values:
+            exact = float(number) if name == "t" else min(RATIOS, key=lambda ratio: abs(ratio - float(number)))
+            points[name].append((exact, float(np.mean(values[row.cell]))))
+    if values.get(stage_1("whole-image")):
+        points["whole image"] = float(np.mean(values[stage_1("whole-image")]))
+    only = [int(name[-1]) for name in wanted if name != "figure3"]
+    if "figure3" in wanted and points["t"] and points["r"]:
+        only.append(3)
+    if not only:
+        return []
+    runs.write_json(reproduction.root / "points.json", points)
+    known = vars(reproduction.common) | {"out": str(reproduction.out(job)), "only": only, "labels": None, "show": None,
+                                         "points": str(reproduction.root / "points.json") if 3 in only else None}
+    names = []
+    for path in figures.main(argparse.Namespace(**known)):
+        runs.write_atomically(reproduction.root / path.name, lambda file: file.write(path.read_bytes()))
+        names.append(path.name)
+    return names
+
+
+# ------------------------------------------------------------------------------------------ the run
+
+
+def main(args: argparse.Namespace) -> dict[Cell, list[float]]:
+    """Run what is missing for `args.what`, write and print the results, return every cell's numbers."""
+    if unknown := [name for name in args.what if name not in WHAT]:
+        raise ValueError(f"expected one or more of {', '.join(WHAT)}, found {', '.join(unknown)}.")
+    wanted = [name for name in WHAT if name in args.what or not args.what]
+    cells = list(dict.fromkeys([row.cell for name in wanted if name in TABLES for row in TABLES[name].rows]
+                               + [cell for name in wanted if name in FIGURES for cell in FIGURES[name]]))
+    reproduction = Reproduction(args)
+    reproduction.open()
+    jobs = reproduction.missing(cells)
+    if args.plan:
+        for job in jobs:
+            print(f"python {shlex.join(reproduction.command(job))}")
+    elif jobs:
+        reproduction.run(jobs)
+    values = {}
+    for cell in cells:
+        found = [reproduction.value(cell, seed) for seed in range(args.seeds)]
+        if None not in found:
+            values[cell] = found
+    drawn = [] if args.plan else draw(reproduction, [name for name in wanted if name in FIGURES], values)
+    claims = [claim for claim in CLAIMS if claim.source in wanted]
+    lines = [f"## {reproduction.data}: ours beside the paper's", "",
+             f"Seeds: {args.seeds}; epochs: {getattr(args, 'epochs', 'as in the recipes')}; {args.precision}; "
+             f"{runs.versions()}. ± is the standard deviation over seeds. mIoU in percent unless a row says otherwise.", ""]
+    for name in wanted:
+        if name in TABLES:
+            lines += table_lines(TABLES[name], values, reproduction.data)
+    lines += claim_lines(claims, values, reproduction.data)
+    text = "\n".join(lines)
+    print(f"\n{text}")
+    if not args.plan:
+        for name in drawn:
+            text += f"\n![{name.removesuffix('.png').replace('_', ': ')}]({name})\n"
+        runs.write_atomically(reproduction.root / "results.md", lambda file: file.write(text.encode()))
+        runs.write_json(reproduction.root / "results.json", {
+            "versions": runs.versions(), "seeds": args.seeds, "epochs": getattr(args, "epochs", None),
+            "precision": args.precision, "values": {"/".join(cell): found for cell, found in values.items()},
+            "claims": [{"source": claim.source, "claim": claim.text, "differences": difference, "verdict": verdict(difference)}
+                       for claim in claims if (difference := differences(claim, values))]})
+        print(f"Wrote {reproduction.root}/: results.md, results.json{''.join(f', {name}' for name in drawn)}")
+    return values
 
 
 if __name__ == "__main__":

@@ -58,6 +58,9 @@ def common_flags(description: str, training: bool = True, seed: bool = True) -> 
                        help="torch.compile the blocks of CLIP's image tower: a start of half a minute, then faster on a GPU")
     where.add_argument("--workers", type=not_negative, metavar="N", default=argparse.SUPPRESS,
                        help="processes that decode images (default: 4 beside a GPU, else 0). Changes no result")
+    where.add_argument("--cache", metavar="DIR", default=argparse.SUPPRESS,
+                       help="where hypotheses and other things that are slow to make are kept, under a key of all they depend on: "
+                            "name one for runs with another --out that may share them (default: DIR/<data>/cache in --out)")
     where.add_argument("--skip-broken", action="store_true",
                        help="leave out images that cannot be read, and list them (default: the first one is an error)")
     if seed:
@@ -101,6 +104,12 @@ def share(text: str) -> float:
         value = -1.0
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, found {text or 'nothing'}")
+    return value
+
+
+def ratio(text: str) -> float:
+    if not 0.02 <= (value := share(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0.02 to 1, found {text or 'nothing'}")
     return value
 
 

@@ -33,9 +33,15 @@ class World:
     out: str
     skip_broken: bool = False
     skipped: list[str] = field(default_factory=list)       # ids of images that cannot be read, left out if asked
+    shared_cache: str | None = None         # --cache
 
     def folder(self, stage: str) -> Path:
         return runs.stage_folder(self.out, self.name, stage)
+
+    @property
+    def cache(self) -> Path:
+        """Where query, hypotheses and features are kept that another run would have to make again."""
+        return Path(self.shared_cache) if self.shared_cache else self.folder("cache")
 
     @functools.cached_property
     def training_images(self) -> dict[str, Path]:
@@ -117,7 +123,7 @@ def open_world(args: argparse.Namespace, checkpoint: dict | None = None,
         for block in model.visual.transformer.resblocks:
             block.compile()
     world = World(name, root, vocabulary, clip_name, model, clip.fingerprint(model), device, args.precision,
-                  runs.workers_of(args, device), args.out, args.skip_broken)
+                  runs.workers_of(args, device), args.out, args.skip_broken, shared_cache=getattr(args, "cache", None))
     if known:
         refuse_another_folder(world)
         world.refuse_misfit(checkpoint)
@@ -155,6 +161,9 @@ def recipe_for(world: World, args: argparse.Namespace, recipes: dict):
         if hasattr(recipe, "floor_rate"):
             recipe = replace(recipe, floor_rate=recipe.floor_rate * larger)
         recipe = replace(recipe, batch_size=args.batch_size, learning_rate=recipe.learning_rate * larger)
+    for name in ("vote_threshold", "window_ratio"):
+        if hasattr(args, name):
+            recipe = replace(recipe, **{name: getattr(args, name)})
     if hasattr(args, "cache_features"):
         recipe = replace(recipe, augment_once=True)
     return recipe

@@ -348,7 +348,7 @@ def test_whole_image_hypotheses_look_once_at_each_whole_image(world, tmp_path):
     assert relative(ablations.whole_image_cosines(world, QUERY, images, 32), expected) <= 1e-5
     found = rectify.chosen(recipe, rectify.cached_hypotheses)(world, QUERY, images, recipe)
     assert torch.equal(found, ablations.above_or_best(expected, *ablations.WHOLE_IMAGE["folder"]))
-    assert len(list(world.folder("cache").glob("cosines-*.pt"))) == 1
+    assert len(list(world.cache.glob("cosines-*.pt"))) == 1
 
 
 # ------------------------------------------------------------------------------------------ stage 1: the forms of Eq. 7
