@@ -309,13 +309,20 @@ def colour(classes: Tensor, palette) -> Image.Image:
     return Image.fromarray(table[classes.cpu().numpy().astype(np.uint8)])
 
 
-@torch.no_grad()
 def picture_sheet(world: World, query: Tensor, stages: list[str], labels: dict[str, Path], path: Path,
                   rows: int = 6, height: int = 144) -> None:
-    """A row for each of some validation images: the image, every stage's classes, the truth if known; below, a legend."""
+    """`compare` the named stages of a run."""
+    found = predictors(world, query, stages)
+    compare(world, {title(stage, predictor.ablation): predictor for stage, predictor in found.items()}, labels, path, rows, height)
+
+
+@torch.no_grad()
+def compare(world: World, found: dict[str, Predictor], labels: dict[str, Path], path: Path, rows: int, height: int) -> None:
+    """A row for each of some validation images: the image, every predictor's classes under its title, the truth if known;
+    below, a legend."""
     images = world.validation_images
     chosen = list(images)[::max(1, len(images) // rows)][:rows]
-    found, palette = predictors(world, query, stages), world.vocabulary.palette
+    palette = world.vocabulary.palette
     table = ground_truth.lookup_table(world.name, len(world.vocabulary)) if labels else None
     patch, strips = world.clip_model.visual.patch_size, []
     for name in chosen:
@@ -331,7 +338,7 @@ def picture_sheet(world: World, query: Tensor, stages: list[str], labels: dict[s
             truth = ground_truth.read_label(labels[name], table, size) if name in labels else np.full(size, data.IGNORE)
             tiles.append(colour(torch.from_numpy(truth), palette))
         strips.append(tiles)
-    titles = ["image", *(title(stage, found[stage].ablation) for stage in stages), *(["truth"] if labels else [])]
+    titles = ["image", *found, *(["truth"] if labels else [])]
     runs.write_atomically(path, lambda file: sheet(strips, titles, world.vocabulary, height).save(file, format="PNG"))
 
 

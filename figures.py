@@ -32,7 +32,7 @@ def flags() -> argparse.ArgumentParser:
                        help="index pictures of a folder of your own images: same names, .png, value = class, 255 ignored")
     extra.add_argument("--points", metavar="FILE", default=None,
                        help='figure 3: JSON {"t": [[share, mIoU], …], "r": [[ratio, mIoU], …], "whole image": mIoU}, mIoU '
-                            'in percent; t or r, and the last, may be missing')
+                            'in percent, [share, mIoU, spread] for a band; t or r, and the last, may be missing')
     extra.add_argument("--show", nargs="+", metavar="ID:CLASS", default=None,
                        help="figure 4: these classes on these validation images (default: on some images the class whose "
                             "area rectification changes most)")
@@ -124,7 +124,8 @@ def read_points(path: Path) -> dict:
         raise FileNotFoundError(f"--points {path}: expected a JSON file of measured points, found no such file.")
     try:
         points = json.loads(path.read_text(encoding="utf-8"))
-        kept = {name: [(float(x), float(y)) for x, y in points[name]] for name in ("t", "r") if points.get(name)}
+        kept = {name: [(float(x), float(y), *map(float, spread)) for x, y, *spread in points[name]]
+                for name in ("t", "r") if points.get(name)}
         if "whole image" in points:
             kept["whole image"] = float(points["whole image"])
         numbers = [value for name in ("t", "r") for pair in kept.get(name, []) for value in pair]
@@ -140,14 +141,17 @@ def hypothesis_figure(points: dict) -> Figure:
     """Figure 3: mIoU against t and against r of Eq. 6, with the whole-image rule as a level line where it was measured.
 
     points: "t" and "r": pairs (value, mIoU in percent) in any order, either may be missing; "whole image": mIoU in percent.
+    Triples have a spread, drawn as a band.
     """
     figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
     said = {"t": "threshold t (percent of an image's windows)", "r": "window ratio r (of the image's height and width)"}
     shown = [name for name in said if name in points]
     for axes, name in zip(figure.subplots(1, len(shown), sharey=True, squeeze=False)[0], shown):
-        x, y = zip(*sorted(points[name]))
-        x = [100 * value for value in x] if name == "t" else x
+        x, y, *spread = map(np.array, zip(*sorted(points[name])))
+        x = 100 * x if name == "t" else x
         axes.plot(x, y, color="#0072B2", marker="o", label="windows (Eq. 6)")
+        for half in spread:
+            axes.fill_between(x, y - half, y + half, color="#0072B2", alpha=0.15, linewidth=0)
         if "whole image" in points:
             axes.axhline(points["whole image"], color="#D55E00", linestyle="--", label="whole-image rule")
         axes.set(xlabel=said[name], ylabel="mIoU (percent)" if name == shown[0] else "")

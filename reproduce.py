@@ -1,6 +1,6 @@
 """The paper's tables, figures and claims: runs what they need, and shows ours beside the paper's.
 
-    python reproduce.py                              all of it in Toyland
+    python reproduce.py                              all of it in Toyland, a night on two cores; --seeds 3 --epochs 4: HOURS
     python reproduce.py table2 figure1 --data voc    these alone, for a real dataset, on a GPU
     python reproduce.py table2 --data ade --plan     the commands and the paper's numbers; runs nothing
 
@@ -12,6 +12,7 @@ results.json and the figures. What the paper says stands in paper.py.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
@@ -20,7 +21,8 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -51,7 +53,9 @@ import numpy as np
 import distill
 import evaluate
 import figures
+import ground_truth
 import rectify
+import scores
 from clip.download import sha256
 from public_datasets import DATASETS
 from world import World, open_world
@@ -101,6 +105,14 @@ def waits_for(job: Job, jobs: list[Job]) -> list[Job]:
     before = {"rectify": (), "distill": ("rectify",)}.get(job.script, ("rectify", "distill"))
     owners = (job.system, SYSTEMS[job.system].teacher) if job.script == "distill" else (job.system,)
     return [other for other in jobs if other.seed == job.seed and other.system in owners and other.script in before]
+
+
+def cells_of(wanted: list[str], claims: list[Claim]) -> list[Cell]:
+    """Every number that the wanted tables, figures and claims need, each once."""
+    of_tables = [row.cell for name in wanted if name in TABLES for row in TABLES[name].rows]
+    of_figures = [cell for name in wanted for cell in FIGURES.get(name, ())]
+    of_claims = [cell for claim in claims for cell in (claim.better, *claim.worse) if cell is not None]
+    return list(dict.fromkeys([*of_tables, *of_figures, *of_claims]))
 
 
 # ------------------------------------------------------------------------------------------ one reproduction
@@ -175,8 +187,10 @@ class Reproduction:
         world.refuse_misfit(made)
         recipe = rectify.resolved(world, self.parsed(job)) if job.script == "rectify" else \
             distill.resolved(world, self.parsed(job), rectify.saved_recipe(made, "teacher_recipe"))
-        expected = {"recipe": runs.plain(asdict(recipe)), "precision": world.precision, "seed": job.seed}
-        runs.refuse_unless(path, "recipe, precision or seed", expected, {name: made["settings"].get(name) for name in expected})
+        of_run = made["settings"]
+        runs.refuse_unless(path, "recipe, precision or seed",
+                           expected=runs.plain(asdict(recipe)) | {"precision": world.precision, "seed": job.seed},
+                           found=of_run["recipe"] | {name: of_run.get(name) for name in ("precision", "seed")})
         metrics = read_json(folder / "metrics.json")
         return metrics if self.fits(metrics, path) else None
 
@@ -220,54 +234,68 @@ class Reproduction:
         return [job for job in plan(cells, self.args.seeds) if not self.finished(job)]
 
     def run(self, jobs: list[Job]) -> None:
-        """Run all jobs, several at a time. Raises ValueError when one fails, KeyboardInterrupt when stopped."""
+        """Run all jobs. Raises ValueError when one fails, KeyboardInterrupt when stopped."""
         at_once = getattr(self.args, "jobs", 1 if self.world.device.type != "cpu" else min(8, os.cpu_count() or 1))
-        environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // at_once)), **os.environ, "TQDM_DISABLE": "1"}
-        waiting, running, started = list(jobs), {}, time.monotonic()
-        processes: list[subprocess.Popen] = []
-        print(f"{len(jobs)} commands to run, {at_once} at a time.")
-        with stopped_politely(processes), ThreadPoolExecutor(at_once) as pool:
+        print(f"{len(jobs)} commands to run, {at_once} at a time; what they print goes to {self.root}/*/*/*.log")
+        started = time.monotonic()
+        for number, (job, seconds) in enumerate(self.in_processes(jobs, at_once) if at_once > 1 else self.in_turn(jobs), 1):
+            said = f": {self.result(job)['miou']:.1f}" if job.script in SCRIPTS else ""
+            print(f"{clock(time.monotonic() - started):>7}  {number}/{len(jobs)}  {job} ({clock(seconds)}){said}", flush=True)
+
+    def in_turn(self, jobs: list[Job]) -> Iterator[tuple[Job, float]]:
+        """Run one after the other in this very process: yields each with its seconds."""
+        for job in jobs:
+            started = time.monotonic()
+            with open(self.prepare(job), "w", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+                script = scores if job.script in ("scores", "probe") else {**SCRIPTS, "evaluate": evaluate}[job.script]
+                script.main(script.flags().parse_args(self.arguments(job)))
+            self.refuse_unfinished(job)
+            yield job, time.monotonic() - started
+
+    def in_processes(self, jobs: list[Job], at_once: int) -> Iterator[tuple[Job, float]]:
+        """Run several at a time, each as soon as what it needs is there: yields each with its seconds when it has ended."""
+        threads = str(max(1, (os.cpu_count() or 1) // at_once))
+        environment = {"OMP_NUM_THREADS": threads, **os.environ, "TQDM_DISABLE": "1"}
+        waiting, running = list(jobs), {}
+        with ThreadPoolExecutor(at_once) as pool, stopped_politely() as processes:      # first asked to stop, then waited for
             while waiting or running:
                 unfinished = [*waiting, *running.values()]
                 for job in [job for job in waiting if not waits_for(job, unfinished)][:at_once - len(running)]:
                     waiting.remove(job)
-                    running[pool.submit(self.run_one, job, environment, processes)] = job
-                done, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
-                    job = running.pop(future)
-                    try:
-                        seconds = future.result()
-                    except ValueError:
-                        for process in processes:           # what goes on is saved, and resumed by the same command
-                            process.send_signal(signal.SIGINT)
-                        raise
-                    print(f"{clock(time.monotonic() - started)}  {len(jobs) - len(waiting) - len(running)}/{len(jobs)}  "
-                          f"{job} ({clock(seconds)}){self.said(job)}", flush=True)
+                    running[pool.submit(self.process, job, environment, processes)] = job
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    job, seconds = running.pop(future), future.result()
+                    self.refuse_unfinished(job)
+                    yield job, seconds
 
-    def said(self, job: Job) -> str:
-        return f": {self.result(job)['miou']:.1f}" if job.script in SCRIPTS else ""
-
-    def run_one(self, job: Job, environment: dict, processes: list) -> float:
-        """Run one command, with its output in a file beside the run; returns its seconds."""
-        out, started = self.out(job), time.monotonic()
-        out.mkdir(parents=True, exist_ok=True)
-        if job.script == "distill" and (teacher := SYSTEMS[job.system].teacher):
-            of_teacher = self.folder(Job(teacher, "rectify", job.seed))
-            take_over(of_teacher, self.folder(replace(job, script="rectify")))
+    def process(self, job: Job, environment: dict, processes: list[subprocess.Popen]) -> float:
+        """Run one command to its end and return its seconds. Raises ValueError with its last words when it fails."""
         script, *arguments = self.command(job)
-        log = out / f"{job.script}.log"
+        log, started = self.prepare(job), time.monotonic()
         with open(log, "wb") as file:
             process = subprocess.Popen([sys.executable, str(Path(__file__).parent / script), *arguments], stdout=file,
                                        stderr=subprocess.STDOUT, env=environment, start_new_session=True)
             processes.append(process)
             code = process.wait()
             processes.remove(process)
-        if code or not self.finished(job):
+        if code:
             text = log.read_text(errors="replace").strip()
-            raise ValueError(f"{job}: expected the command to succeed, found exit code {code} ({log}): "
-                             f"{text[text.rfind('error: ') if 'error: ' in text else -500:]}\nIt was: python "
-                             f"{shlex.join([script, *arguments])}")
+            raise ValueError(f"{job}: expected the command to succeed, found exit code {code}: "
+                             f"{' '.join(text[text.rfind('error: ') if 'error: ' in text else -500:].split())} All it said is in "
+                             f"{log}. The command was: python {shlex.join([script, *arguments])}")
         return time.monotonic() - started
+
+    def prepare(self, job: Job) -> Path:
+        """The job's folder, with the teacher that its student takes over; returns the path of its log."""
+        self.out(job).mkdir(parents=True, exist_ok=True)
+        if job.script == "distill" and (teacher := SYSTEMS[job.system].teacher):
+            take_over(self.folder(Job(teacher, "rectify", job.seed)), self.folder(replace(job, script="rectify")))
+        return self.out(job) / f"{job.script}.log"
+
+    def refuse_unfinished(self, job: Job) -> None:
+        if not self.finished(job):
+            raise ValueError(f"{job}: expected numbers in {self.folder(job)}, found none. Are there labels of {self.data} to "
+                             f"measure against? See {self.out(job) / job.script}.log.")
 
 
 def take_over(source: Path, target: Path) -> None:
@@ -281,24 +309,23 @@ def take_over(source: Path, target: Path) -> None:
     os.replace(part, target)
 
 
-class stopped_politely:
-    """Ctrl-C or a kill of this process reaches the processes that it started once, so that each saves before it ends.
+@contextlib.contextmanager
+def stopped_politely() -> Iterator[list[subprocess.Popen]]:
+    """Processes that are asked to stop, once, when this one is stopped or one of them fails: so each saves before it ends.
 
     They run in sessions of their own: the terminal's Ctrl-C would reach them beside ours, and the second one does not wait.
     """
-
-    def __init__(self, processes: list[subprocess.Popen]):
-        self.processes = processes
-
-    def __enter__(self):
-        self.old = signal.signal(signal.SIGTERM, signal.default_int_handler)
-
-    def __exit__(self, kind, *_):
-        signal.signal(signal.SIGTERM, self.old)
-        if kind is KeyboardInterrupt:
-            print("Stopping: waiting for the trainings to save.", flush=True)
-            for process in self.processes:
-                process.send_signal(signal.SIGINT)
+    processes: list[subprocess.Popen] = []
+    old = signal.signal(signal.SIGTERM, signal.default_int_handler)             # `kill` stops like Ctrl-C
+    try:
+        yield processes
+    except BaseException:
+        print("Stopping: waiting for what still runs to save.", flush=True)
+        for process in list(processes):
+            process.send_signal(signal.SIGINT)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, old)
 
 
 def read_json(path: Path) -> dict:
@@ -385,30 +412,48 @@ def claim_lines(claims: list[Claim], values: dict[Cell, list[float]], data: str)
     return [*lines, "", f"{sum(held)} of {len(held)} held." if held else "Nothing has been run.", ""]
 
 
-def draw(reproduction: Reproduction, wanted: list[str], values: dict[Cell, list[float]]) -> list[str]:
-    """Draw the wanted figures of seed 0 (figure 3: of all seeds' means) and return their file names."""
-    job = Job("reclip++", "rectify", 0)
-    points = {"t": [], "r": []}
+def points_of_figure_3(values: dict[Cell, list[float]]) -> dict:
+    """What figures.py draws figure 3 from: means over seeds, with their spread."""
+    points: dict = {"t": [], "r": []}
     for row in TABLES["figure3"].rows:
         name, _, number = row.cell[0].partition("=")
-        if number and row.cell in values:
+        if number and (found := values.get(row.cell)):
             exact = float(number) if name == "t" else min(RATIOS, key=lambda ratio: abs(ratio - float(number)))
-            points[name].append((exact, float(np.mean(values[row.cell]))))
-    if values.get(stage_1("whole-image")):
-        points["whole image"] = float(np.mean(values[stage_1("whole-image")]))
-    only = [int(name[-1]) for name in wanted if name != "figure3"]
-    if "figure3" in wanted and points["t"] and points["r"]:
-        only.append(3)
-    if not only:
-        return []
-    runs.write_json(reproduction.root / "points.json", points)
-    known = vars(reproduction.common) | {"out": str(reproduction.out(job)), "only": only, "labels": None, "show": None,
-                                         "points": str(reproduction.root / "points.json") if 3 in only else None}
-    names = []
-    for path in figures.main(argparse.Namespace(**known)):
-        runs.write_atomically(reproduction.root / path.name, lambda file: file.write(path.read_bytes()))
-        names.append(path.name)
-    return names
+            points[name].append([exact, float(np.mean(found)), float(np.std(found, ddof=1)) if len(found) > 1 else 0.0])
+    if found := values.get(stage_1("whole-image")):
+        points["whole image"] = float(np.mean(found))
+    return points
+
+
+def draw(reproduction: Reproduction, wanted: list[str], values: dict[Cell, list[float]]) -> list[str]:
+    """Draw the wanted figures, of seed 0 but figure 3, and return their file names below the reproduction's folder."""
+    paths = []
+    if only := [int(name[-1]) for name in ("figure1", "figure4") if name in wanted]:
+        known = vars(reproduction.common) | {"out": str(reproduction.out(Job("reclip++", "rectify", 0))), "only": only,
+                                             "labels": None, "show": None, "points": None}
+        paths = figures.main(argparse.Namespace(**known))
+    drawn = {path.name: path.read_bytes() for path in paths}
+    if "figure3" in wanted and (points := points_of_figure_3(values))["t"] and points["r"]:
+        drawn["figure3_hypothesis.png"] = figures.png(figures.hypothesis_figure(points))
+    if "figure5" in wanted:
+        drawn["figure5_results.png"] = figure_5(reproduction)
+    for name, content in drawn.items():
+        content = figures.small_enough(content, figures.LARGEST)
+        runs.write_atomically(reproduction.root / name, lambda file: file.write(content))
+    return sorted(drawn)
+
+
+def figure_5(reproduction: Reproduction) -> bytes:
+    """Image, MaskCLIP, ReCLIP, ReCLIP++, distilled, truth: the stages of two runs side by side. PNG."""
+    world, query = reproduction.world_of(Job("reclip++", "distill", 0)), rectify.cached_query(reproduction.world)
+    of_reclip = evaluate.predictors(reproduction.world_of(Job("reclip", "rectify", 0)), query, ["rectify"])
+    ours = evaluate.predictors(world, query, ["maskclip", "rectify", "distill"])
+    columns = {"MaskCLIP": ours["maskclip"], "ReCLIP rectified": of_reclip["rectify"], "ReCLIP++ rectified": ours["rectify"],
+               "ReCLIP++ distilled": ours["distill"]}
+    labels = ground_truth.true_label_files(world.name, world.root, list(world.validation_images))
+    path = world.folder("figures") / "figure5_results.png"
+    evaluate.compare(world, columns, labels, path, rows=8, height=192)
+    return path.read_bytes()
 
 
 # ------------------------------------------------------------------------------------------ the run
@@ -419,9 +464,10 @@ def main(args: argparse.Namespace) -> dict[Cell, list[float]]:
     if unknown := [name for name in args.what if name not in WHAT]:
         raise ValueError(f"expected one or more of {', '.join(WHAT)}, found {', '.join(unknown)}.")
     wanted = [name for name in WHAT if name in args.what or not args.what]
-    cells = list(dict.fromkeys([row.cell for name in wanted if name in TABLES for row in TABLES[name].rows]
-                               + [cell for name in wanted if name in FIGURES for cell in FIGURES[name]]))
+    claims = [claim for claim in CLAIMS if claim.source in wanted]
+    cells = cells_of(wanted, claims)
     reproduction = Reproduction(args)
+    runs.refuse_folders(reproduction.root, "results.md", "results.json")
     reproduction.open()
     jobs = reproduction.missing(cells)
     if args.plan:
@@ -435,7 +481,6 @@ def main(args: argparse.Namespace) -> dict[Cell, list[float]]:
         if None not in found:
             values[cell] = found
     drawn = [] if args.plan else draw(reproduction, [name for name in wanted if name in FIGURES], values)
-    claims = [claim for claim in CLAIMS if claim.source in wanted]
     lines = [f"## {reproduction.data}: ours beside the paper's", "",
              f"Seeds: {args.seeds}; epochs: {getattr(args, 'epochs', 'as in the recipes')}; {args.precision}; "
              f"{runs.versions()}. ± is the standard deviation over seeds. mIoU in percent unless a row says otherwise.", ""]

@@ -1190,8 +1190,9 @@ def test_clip_in_another_wrapping_works(place, change):
 
 # ------------------------------------------------------------------------------------------ --out and what lies there
 
+REPRODUCE = ["stages", *VOC, "--seeds", "1", "--jobs", "1"]
 OUT_RUNS = {"rectify": [*PHOTOS], "distill": [*PHOTOS], "evaluate": [*VOC], "segment": SEGMENT[:-2],
-            "reproduce": [*VOC, "--seeds", "1"]}
+            "reproduce": REPRODUCE}
 
 
 @pytest.mark.slow
@@ -1247,8 +1248,10 @@ def test_what_lies_in_the_way_of_a_training_is_named(place, capsys, name, spoil)
     pytest.param(segment, SEGMENT, "segment", file_at, id="segment: the folder"),
     pytest.param(segment, SEGMENT, "segment/photo_index.png", folder_at, id="segment: index"),
     pytest.param(segment, SEGMENT, "segment/photo_overlay.png", folder_at, id="segment: overlay"),
-    pytest.param(reproduce, [*VOC, "--seeds", "1"], "seeds", file_at, id="reproduce: the folder"),
-    pytest.param(reproduce, [*VOC, "--seeds", "1"], "seeds/0", file_at, id="reproduce: a seed's folder")])
+    pytest.param(reproduce, REPRODUCE, "reproduce", file_at, id="reproduce: the folder"),
+    pytest.param(reproduce, REPRODUCE, "reproduce/voc/reclip++", file_at, id="reproduce: a system's folder"),
+    pytest.param(reproduce, REPRODUCE, "reproduce/voc/results.md", folder_at, id="reproduce: results.md"),
+    pytest.param(reproduce, REPRODUCE, "reproduce/voc/results.json", folder_at, id="reproduce: results.json")])
 def test_what_lies_in_the_way_of_results_is_named(place, capsys, script, flags, name, spoil):
     """All of a script's files are written or none."""
     spoil(name)()
@@ -1264,13 +1267,17 @@ BAD_METRICS = {"empty": b"", "text": b"no JSON", "cut": b'{"vanilla": {"miou": 1
 @pytest.mark.parametrize("content", cases(BAD_METRICS))
 def test_bad_metrics_of_a_seed_are_measured_again(place, content):
     """reproduce.py takes what is finished as it is: a file that is no result must not end in a riddle."""
-    path = Path("fresh/seeds/0/voc/evaluate/metrics.json")
-    path.parent.mkdir(parents=True)
+    run = Path("fresh/reproduce/voc/reclip++/0/voc")
     for stage in ("rectify", "distill"):
-        shutil.copytree(Path("runs/voc", stage), Path("fresh/seeds/0/voc", stage))
-    path.write_bytes(content)
-    command(place, reproduce, [*VOC, "--seeds", "1", "--out", "fresh"])
-    assert json.loads(path.read_text())["distill"]["miou"] > 0
+        shutil.copytree(Path("runs/voc", stage), run / stage)
+    for name in ("evaluate", "distill"):
+        (run / name).mkdir(exist_ok=True)
+        (run / name / "metrics.json").write_bytes(content)
+    before = (run / "distill/checkpoint.pt").stat().st_mtime_ns
+    command(place, reproduce, [*REPRODUCE, "--out", "fresh"])
+    assert json.loads((run / "evaluate/metrics.json").read_text())["distill"]["miou"] > 0
+    assert json.loads((run / "distill/metrics.json").read_text())["miou"] > 0
+    assert (run / "distill/checkpoint.pt").stat().st_mtime_ns == before
 
 
 # ------------------------------------------------------------------------------------------ Toyland's folder

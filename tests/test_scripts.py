@@ -24,7 +24,6 @@ import data
 import distill
 import evaluate
 import rectify
-import reproduce
 import runs
 import segment
 import toyland
@@ -301,24 +300,6 @@ def test_two_folders_of_one_name_are_told_apart(photos, capsys):
     write_voc_tree(Path("data"))
     assert "another folder of images" in refusal(capsys, rectify, "--data", "voc", *photos[4:], "--out", "other")
     assert content_of("runs") == before
-
-
-def test_reproduce_tabulates_seeds_and_goes_on_where_it_stopped(voc, capsys):
-    """All stages of two seeds, their mean and spread; the second call trains nothing."""
-    run(reproduce, *voc, "--seeds", "2")
-    said = capsys.readouterr().out
-    table = read_json("runs/seeds/voc.json")["stages"]
-    assert list(table) == ["vanilla", "maskclip", "rectify", "distill"]
-    for stage, row in table.items():
-        values = [read_json("runs/seeds", str(seed), "voc/evaluate/metrics.json")[stage]["miou"] for seed in range(2)]
-        assert row["miou"] == values and abs(row["mean"] - sum(values) / 2) < 0.01
-        assert abs(row["spread"] - abs(values[0] - values[1]) / 2 ** 0.5) < 0.01
-        assert f"| {row['title']} | {row['mean']:.1f} | {row['spread']:.1f} |" in said
-    assert not same_weights(weights_of("rectify", "runs/seeds/0"), weights_of("rectify", "runs/seeds/1"))
-    before = content_of("runs/seeds/0") | content_of("runs/seeds/1")
-    run(reproduce, *voc, "--seeds", "2")
-    assert content_of("runs/seeds/0") | content_of("runs/seeds/1") == before
-    assert "expected toyland or voc" in refusal(capsys, reproduce, "--data", "photos")
 
 
 def test_later_stages_follow_the_newest_run(voc, photos):

@@ -1,0 +1,255 @@
+"""reproduce.py and paper.py: what is run, what is taken as it is, what is said of the numbers.
+
+    python -m pytest tests/test_reproduce.py
+"""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import distill
+import paper
+import rectify
+import reproduce
+import runs
+from helpers import refusal, run, write_voc_tree
+from paper import CLAIMS, FIGURES, SYSTEMS, TABLES, Claim, Row, Table
+from reproduce import Job
+
+CELL, OTHER = ("reclip++", "rectify", "miou"), ("no-bias", "rectify", "miou")
+
+
+@pytest.fixture
+def voc(place, tiny_clip):
+    write_voc_tree(place / "data")
+    return ["--data", "voc", "--clip", tiny_clip, "--jobs", "1"]
+
+
+def results() -> dict:
+    return json.loads(Path("runs/reproduce/voc/results.json").read_text())
+
+
+def checkpoints() -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in Path("runs/reproduce").rglob("checkpoint.pt")}
+
+
+# ------------------------------------------------------------------------------------------ what the paper says
+
+def test_nine_tables_and_four_figures_can_be_asked_for():
+    assert {f"table{number}" for number in range(1, 10)} <= set(TABLES)
+    assert {"figure1", "figure3", "figure4", "figure5"} == set(FIGURES) and set(reproduce.WHAT) == {*TABLES, *FIGURES}
+
+
+@pytest.mark.parametrize("name, system", SYSTEMS.items())
+def test_flags_of_every_system_are_those_of_the_scripts(name, system):
+    """And a student has a teacher, a system something to train."""
+    for script in (rectify, distill):
+        if (flags := getattr(system, script.__name__)) is not None:
+            script.flags().parse_args(flags)
+    assert system.rectify is not None or system.distill is not None
+    assert system.teacher is None or SYSTEMS[system.teacher].rectify == () and system.rectify is None
+    assert re.fullmatch(r"[\w+=.-]+", name), "a folder's name on every system"
+
+
+def test_every_ablation_is_a_system_of_some_table():
+    """But `entangled`, another name for one of them."""
+    given = {flags[1] for system in SYSTEMS.values() for flags in (system.rectify, system.distill)
+             if flags and flags[0] == "--ablation"}
+    assert given == {*rectify.ABLATIONS, *distill.ABLATIONS} - {"entangled"}
+    shown = {row.cell[0] for table in TABLES.values() for row in table.rows}
+    assert shown == set(SYSTEMS)
+
+
+def test_every_cell_can_be_measured():
+    """Its stage is one that its system trains, or one of CLIP's own."""
+    for system, stage, measure in reproduce.cells_of(list(reproduce.WHAT), list(CLAIMS)):
+        of = SYSTEMS[system]
+        assert {"rectify": of.rectify, "distill": of.distill}.get(stage, ()) is not None, (system, stage)
+        assert measure in ("miou", "probe", "class_preference", "space_preference")
+    assert all(claim.source in reproduce.WHAT for claim in CLAIMS)
+    assert len({claim.text for claim in CLAIMS}) == len(CLAIMS) >= 12
+
+
+def test_papers_own_numbers_bear_out_every_claim():
+    """Where the paper gives both numbers, its difference is positive: no claim is stated the wrong way round."""
+    known = [(claim, reproduce.in_paper(claim, data)) for claim in CLAIMS for data in ("toyland", "voc")]
+    assert len({claim.text for claim, said in known if said}) >= 20
+    assert [claim.text for claim, said in known if said.startswith("−")] == []
+
+
+# ------------------------------------------------------------------------------------------ what has to be run
+
+def test_one_number_needs_its_trainings_in_order():
+    assert reproduce.jobs_of(("own-head", "distill", "miou"), 3) == [Job("reclip++", "rectify", 3), Job("own-head", "distill", 3)]
+    assert reproduce.jobs_of(("reclip", "distill", "class_preference"), 0) == [
+        Job("reclip", "rectify", 0), Job("reclip", "distill", 0), Job("reclip", "scores", 0)]
+    assert reproduce.jobs_of(("maskclip+", "distill", "miou"), 0) == [Job("maskclip+", "distill", 0)]
+    assert Job("reclip++", "evaluate", 0) in reproduce.jobs_of(("reclip++", "maskclip", "miou"), 0)
+
+
+def test_plan_has_every_job_once_and_measures_after_training():
+    cells = reproduce.cells_of(list(reproduce.WHAT), list(CLAIMS))
+    jobs = reproduce.plan(cells, seeds=2)
+    assert len(jobs) == len(set(jobs)) and {job.seed for job in jobs} == {0, 1}
+    for job in jobs:
+        assert all(jobs.index(other) < jobs.index(job) for other in reproduce.waits_for(job, jobs)), job
+    assert Job("reclip++", "rectify", 1) in reproduce.waits_for(Job("own-head", "distill", 1), jobs)
+    assert Job("reclip++", "rectify", 0) not in reproduce.waits_for(Job("own-head", "distill", 1), jobs)
+    assert {job.script for job in jobs if job.system == "reclip++"} == {"rectify", "distill", "evaluate", "probe"}    # no second scores
+
+
+# ------------------------------------------------------------------------------------------ what is said
+
+@pytest.mark.parametrize("difference, said", [
+    ([1.0, 2.0, 3.0], "held"), ([2.0], "held"), ([-1.0, 2.0, 0.5], "not held: within the spread"), ([0.0], "not held: within the spread"),
+    ([-1.0, -2.0, -3.0], "not held: reversed"), ([1.0, -1.0], "not held: within the spread"), ([1.0, 1.0, 1.0], "held")])
+def test_claim_holds_when_its_mean_is_above_its_spread(difference, said):
+    assert reproduce.verdict(difference) == said
+
+
+def test_difference_is_to_the_best_rival_seed_by_seed():
+    third = ("addition", "rectify", "miou")
+    values = {CELL: [10.0, 20.0], OTHER: [9.0, 19.5], third: [9.5, 1.0]}
+    assert reproduce.differences(Claim("bias", "", CELL, (OTHER, third)), values) == [0.5, 0.5]
+    assert reproduce.differences(Claim("bias", "", None, (OTHER,)), values) == [-9.0, -19.5]
+    assert reproduce.differences(Claim("bias", "", CELL, (("reclip", "rectify", "miou"),)), values) == []
+
+
+def test_table_shows_paper_and_ours_side_by_side():
+    table = Table("T", (Row("one", CELL, {"voc": 73.5, "context": 34.0}), Row("two", OTHER, {"voc": 1.0})))
+    *_, head, _, one, two, _ = reproduce.table_lines(table, {CELL: [1.0, 2.0], OTHER: [-3.0]}, "toyland")
+    assert head == "| | VOC (paper) | Context (paper) | toyland (ours) | each seed |"
+    assert one == "| one | 73.5 | 34.0 | 1.5 ± 0.7 | 1.0 2.0 |" and two == "| two | 1.0 |  | −3.0 |  |"
+    *_, head, _, one, two, _ = reproduce.table_lines(table, {}, "context-voc-first")
+    assert head == "| | Context (paper) | context-voc-first (ours) | each seed |" and one == "| one | 34.0 |  |  |"
+
+
+# ------------------------------------------------------------------------------------------ from nothing, and again
+
+def test_tables_and_claims_from_nothing_and_nothing_twice(voc, capsys):
+    """Numbers are those of the stages' own files; the second call trains nothing; a lost checkpoint is made again alone."""
+    values = run(reproduce, "table5", "table9", *voc, "--seeds", "2")
+    said = capsys.readouterr().out
+    for cell, found in values.items():
+        system, stage, _ = cell
+        expected = [json.loads(Path("runs/reproduce/voc", system, str(seed), "voc", stage, "metrics.json").read_text())["miou"]
+                    for seed in range(2)]
+        assert found == expected == results()["values"]["/".join(cell)]
+    of_v, *_ = [claim for claim in CLAIMS if claim.source == "table5"]
+    expected = np.subtract(values["reclip++", "rectify", "miou"], values["addition", "rectify", "miou"])
+    [found] = [claim for claim in results()["claims"] if claim["claim"] == of_v.text]
+    assert np.allclose(found["differences"], expected) and f"| {of_v.text} | +1.1 (VOC) |" in said
+    assert Path("runs/reproduce/voc/results.md").read_text() in said
+    before = checkpoints()
+    assert len(before) == 2 * (2 + 1 + 3 * 2)           # ReCLIP++ in two stages, addition, three heads with their teacher
+    assert run(reproduce, "table5", "table9", *voc, "--seeds", "2") == values and checkpoints() == before
+    lost = Path("runs/reproduce/voc/addition/1/voc/rectify/checkpoint.pt")
+    lost.unlink()
+    assert run(reproduce, "table5", "table9", *voc, "--seeds", "2") == values
+    assert {path for path, time in checkpoints().items() if before[path] != time} == {str(lost)}
+
+
+def test_point_of_a_sweep_that_is_the_recipe_has_no_run_of_its_own(voc, monkeypatch, capsys):
+    monkeypatch.setattr(paper, "THRESHOLDS", ())
+    values = run(reproduce, "figure3", *voc, "--seeds", "1")
+    assert not Path("runs/reproduce/voc/r=0.5").exists() and Path("runs/reproduce/voc/r=1").exists()
+    assert values["r=0.5", "rectify", "miou"] == values["reclip++", "rectify", "miou"]
+    assert Path("runs/reproduce/voc/figure3_hypothesis.png").stat().st_size > 1000
+    recipe = json.loads(Path("runs/reproduce/voc/t=0.2/0/voc/rectify/recipe.json").read_text())["recipe"]
+    assert recipe["vote_threshold"] == 0.2 and recipe["ablation"] == "none"
+    assert len(list(Path("runs/reproduce/voc/cache").glob("hypotheses-*.pt"))) == 5          # one for each r, for all runs
+
+
+@pytest.mark.slow
+def test_figures_come_with_their_tables(voc):
+    run(reproduce, "table1", "table7", "figure1", "figure4", "figure5", *voc, "--seeds", "1")
+    folder = Path("runs/reproduce/voc")
+    names = ["figure1_confusion.png", "figure1_distance.png", "figure4_logits.png", "figure5_results.png"]
+    assert sorted(path.name for path in folder.glob("*.png")) == names
+    text = (folder / "results.md").read_text()
+    assert all(f"]({name})" in text for name in names)
+    assert "probe" in json.loads((folder / "reclip++/0/voc/scores/scores.json").read_text())["distill"]
+    assert "reclip++/distill/probe" in results()["values"] and "maskclip+/distill/space_preference" in results()["values"]
+
+
+def test_run_with_other_numbers_is_refused(voc, capsys):
+    """A folder never mixes two recipes; --out keeps both."""
+    run(reproduce, "table5", *voc, "--seeds", "1")
+    said = refusal(capsys, reproduce, "table5", *voc, "--seeds", "1", "--epochs", "1")
+    assert "'epochs': 1" in said and "'epochs': 2" in said and "--out" in said
+    assert "expected one or more of stages, table1" in refusal(capsys, reproduce, "table10", *voc)
+    assert "expected toyland or voc" in refusal(capsys, reproduce, "--data", "photos")
+
+
+def test_plan_runs_nothing_and_names_commands_that_work(voc, capsys):
+    run(reproduce, "table5", *voc, "--seeds", "1", "--plan")
+    said = capsys.readouterr().out
+    assert not Path("runs").exists()
+    commands = re.findall(r"^python (\w+)\.py (.*)$", said, flags=re.M)
+    assert [name for name, _ in commands] == ["rectify", "rectify"] and "--ablation addition" in commands[1][1]
+    for _, flags in commands:
+        run(rectify, *flags.split())
+    values = run(reproduce, "table5", *voc, "--seeds", "1")
+    assert len(values) == 2 and "| subtraction | 73.5 |" in said
+
+
+# ------------------------------------------------------------------------------------------ several processes
+
+@pytest.mark.slow
+def test_processes_give_what_one_process_gives(voc, capsys):
+    """Measured by two processes at a time after the trainings were made in this one, whose recipes are the tests'."""
+    values = run(reproduce, "stages", "table7", *voc, "--seeds", "1")
+    for name in ("evaluate/metrics.json", "scores/scores.json"):
+        for path in Path("runs/reproduce/voc").glob(f"*/0/voc/{name}"):
+            path.unlink()
+    before = checkpoints()
+    assert run(reproduce, "stages", "table7", *voc[:-1], "2", "--seeds", "1") == values
+    assert checkpoints() == before and "4 commands to run, 2 at a time" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_command_that_fails_is_told_with_its_last_words(voc, capsys):
+    run(reproduce, "stages", *voc, "--seeds", "1")
+    Path("runs/reproduce/voc/reclip++/0/voc/evaluate/metrics.json").unlink()
+    label = next(Path("data/VOCdevkit/VOC2012/SegmentationClass").glob("2007_000033.png"))
+    label.write_bytes(b"no picture")
+    said = refusal(capsys, reproduce, "stages", *voc[:-1], "2", "--seeds", "1")
+    assert "reclip++, evaluate, seed 0" in said and "exit code 2" in said and label.name in said and "evaluate.py --data voc" in said
+
+
+WAITING = """
+import sys, time, reproduce
+try:
+    with reproduce.stopped_politely() as processes:
+        processes.append(reproduce.subprocess.Popen([sys.executable, "-c", {child!r}], start_new_session=True))
+        print("started", flush=True)
+        time.sleep(60)
+finally:
+    print("child:", processes[0].wait(), flush=True)
+"""
+CHILD = """
+import time
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    time.sleep(0.5)
+    raise SystemExit(7)
+"""
+
+
+@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM"])
+def test_stopping_asks_every_process_once_and_waits_for_it(how, tmp_path):
+    import signal
+    import time
+    parent = subprocess.Popen([sys.executable, "-c", WAITING.format(child=CHILD)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                              text=True, cwd=Path(reproduce.__file__).parent, start_new_session=True)
+    assert parent.stdout.readline() == "started\n"
+    time.sleep(1)                           # the child's interpreter has started
+    parent.send_signal(getattr(signal, how))
+    said, _ = parent.communicate(timeout=30)
+    assert "child: 7" in said and parent.returncode != 0
