@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -24,6 +25,15 @@ def relative(found: Tensor, expected: Tensor) -> float:
     """‖found − expected‖ / ‖expected‖ over all entries. The shapes must agree: no silent broadcasting."""
     assert found.shape == expected.shape, f"expected shape {tuple(expected.shape)}, found {tuple(found.shape)}"
     return ((found - expected).norm() / expected.norm()).item()
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def unit(*shape: int, dim: int = -1, seed: int = 0) -> Tensor:
+    """Random vectors of length one along `dim`."""
+    return F.normalize(random(*shape, seed=seed), dim=dim)
 
 
 def openai_shapes(*, width=768, layers=12, patch=16, resolution=224, embed_dim=512, text_width=512, text_layers=12,
@@ -89,6 +99,20 @@ def write_openai_archive(path: str | Path, *, width=768, layers=12, patch=16, re
         warnings.simplefilter("ignore")                     # torch calls TorchScript deprecated; the files remain
         torch.jit.save(torch.jit.script(tree.eval()), str(path))
     return {name: tensor.float() for name, tensor in state.items()}
+
+
+def toy_vocabulary():
+    """Four classes: names of one token and of two, and a synonym."""
+    import data
+    return data.vocabulary_of("toys", (("cat",), ("potted plant",), ("airplane",), ("sky", "heaven")))
+
+
+def toy_world(out: Path):
+    """A tiny random CLIP and the four classes, without images."""
+    import clip
+    from world import World
+    model = clip.build_model(openai_state(**TINY)).eval().requires_grad_(False)
+    return World("toys", "data", toy_vocabulary(), "tiny", model, clip.fingerprint(model), torch.device("cpu"), "fp32", 0, str(out))
 
 
 # ------------------------------------------------------------------------------------------ small datasets on disk

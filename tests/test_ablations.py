@@ -28,22 +28,14 @@ import distill
 import evaluate
 import rectify
 import runs
-from helpers import TINY, openai_state, quick_recipes, refusal, relative, run, write_photos, write_voc_tree
+from helpers import (TINY, quick_recipes, random, refusal, relative, run, toy_vocabulary, toy_world, unit, write_photos,
+                     write_voc_tree)
 
-VOCABULARY = data.vocabulary_of("toys", (("cat",), ("potted plant",), ("airplane",), ("sky", "heaven")))
+VOCABULARY = toy_vocabulary()
 C, D, E = len(VOCABULARY), TINY["embed_dim"], TINY["width"]
 HYPOTHESIS = torch.tensor([[1, 0, 1, 1], [0, 1, 0, 0]]).bool()              # three classes in one image, one in the other
 RECIPE = rectify.Recipe(loss_scale=20.0, mask_scale=3.0, prompt_length=5)
 SMALL = distill.Recipe(backbone="small")
-
-
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def unit(*shape: int, dim: int = -1, seed: int = 0) -> torch.Tensor:
-    """Random vectors of length one along `dim`."""
-    return F.normalize(random(*shape, seed=seed), dim=dim)
 
 
 IMAGES, QUERY = random(2, 3, 24, 37), unit(C, D, seed=1)                    # 3 × 5 patches of 8 pixels, the last ones padded
@@ -51,11 +43,8 @@ FEATURES, REFERENCE, BIAS = unit(2, D, 3, 5, dim=1, seed=2), 0.5 * unit(C, D, se
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> rectify.World:
-    """A tiny random CLIP and four classes."""
-    model = clip.build_model(openai_state(**TINY)).eval().requires_grad_(False)
-    return rectify.World("toys", "data", VOCABULARY, "tiny", model, clip.fingerprint(model), torch.device("cpu"), "fp32", 0,
-                         str(tmp_path_factory.mktemp("runs")))
+def world(tmp_path_factory):
+    return toy_world(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture

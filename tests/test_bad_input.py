@@ -237,6 +237,9 @@ NUMBERS_OUT_OF_RANGE = {
                                                           "rectify"], "--stage rectify"),
     "segment --background words of a rectification": (segment, ["photo.jpg", "--background", "words: road"], "--background"),
     "evaluate --labels of a known dataset": (evaluate, ["--data", "voc", "--labels", "truth"], "--labels"),
+    **{f"rectify {flag} {text or 'empty'}": (rectify, [*VOC, flag, text], flag)
+       for flag, texts in (("--vote-threshold", ("-0.1", "1.1", "nan", "")), ("--window-ratio", ("0", "0.001", "2", "nan", "r")))
+       for text in texts},
     "rectify --download of photos": (rectify, [*PHOTOS, "--download"], "--download"),
     "reproduce of photos": (reproduce, PHOTOS, "--data photos")}
 

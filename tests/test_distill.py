@@ -25,9 +25,9 @@ import data
 import distill
 import rectify
 import runs
-from helpers import TINY, openai_state, relative
+from helpers import TINY, random, relative, toy_vocabulary, toy_world, unit
 
-VOCABULARY = data.vocabulary_of("toys", (("cat",), ("potted plant",), ("airplane",), ("sky", "heaven")))
+VOCABULARY = toy_vocabulary()
 C, D = len(VOCABULARY), TINY["embed_dim"]
 HYPOTHESIS = torch.tensor([[1, 0, 1, 1], [0, 1, 0, 0]]).bool()              # three classes in one image, one in the other
 
@@ -36,24 +36,12 @@ TEACHER_RECIPE = rectify.Recipe(loss_scale=20.0, mask_scale=3.0, prompt_length=5
 SMALL = distill.Recipe(backbone="small")
 
 
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def unit(*shape: int, dim: int = -1, seed: int = 0) -> torch.Tensor:
-    """Random vectors of length one along `dim`."""
-    return F.normalize(random(*shape, seed=seed), dim=dim)
-
-
 IMAGES = random(2, 3, 61, 77)                       # 8 × 10 patches of CLIP, and as many places of the student's grid
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> rectify.World:
-    """A tiny random CLIP and four classes."""
-    model = clip.build_model(openai_state(**TINY)).eval().requires_grad_(False)
-    return rectify.World("toys", "data", VOCABULARY, "tiny", model, clip.fingerprint(model), torch.device("cpu"), "fp32", 0,
-                         str(tmp_path_factory.mktemp("runs")))
+def world(tmp_path_factory):
+    return toy_world(tmp_path_factory.mktemp("runs"))
 
 
 def new_rectifier(world: rectify.World, seed: int = 0) -> rectify.Rectifier:

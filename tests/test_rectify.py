@@ -22,7 +22,7 @@ import clip
 import data
 import distill
 import rectify
-from helpers import TINY, openai_state, relative
+from helpers import TINY, openai_state, random, relative, unit
 
 START, END = 49406, 49407
 NAMES = ["cat", "potted plant", "airplane"]                         # one or two tokens: the paper's 73 vectors fit
@@ -34,15 +34,6 @@ D, E, Et = TINY["embed_dim"], TINY["width"], TINY["text_width"]
 def model() -> clip.CLIP:
     """A tiny random CLIP, frozen as `open_world` freezes it."""
     return clip.build_model(openai_state(**TINY)).eval().requires_grad_(False)
-
-
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def unit(*shape: int, dim: int = -1, seed: int = 0) -> torch.Tensor:
-    """Random vectors of length one along `dim`."""
-    return F.normalize(random(*shape, seed=seed), dim=dim)
 
 
 def some_rectifier(model: clip.CLIP, classes: int, prompt_length: int = 73) -> rectify.Rectifier:
@@ -253,6 +244,22 @@ def test_the_rectifier_is_eq3_and_eq4(model):
     assert torch.equal(found, rectifier.decoder(features, rectified))
     for b in range(2):
         assert relative(rectifier(features[b:b + 1], query, reference, bias)[0], found[b]) <= 1e-5
+
+
+def test_bias_that_is_the_same_everywhere_is_lost_in_the_decoder():
+    """Why M_b gives so little beside a decoder: Eq. 4 is linear up to its BatchNorm, which takes a constant away.
+
+    Exactly so with a border that repeats itself; with Eq. 4's zeros around the image a constant is still seen two patches deep.
+    """
+    features, logits, bias = unit(2, D, 9, 11, dim=1), random(2, 3, 9, 11, seed=1), random(3, 1, 1, seed=2)
+    decoder = rectify.Decoder(D, 3).train()
+    change = decoder.conv(torch.cat([features, logits - bias], dim=1)) - decoder.conv(torch.cat([features, logits], dim=1))
+    inside = change[:, :, 2:-2, 2:-2]
+    assert inside.abs().amax() > 0.01 and relative(inside, inside[:, :, :1, :1].expand_as(inside)) <= 1e-5
+    assert relative(decoder(features, logits - bias), decoder(features, logits)) > 0.01
+    decoder.conv.padding_mode = "replicate"
+    assert relative(decoder(features, logits - bias), decoder(features, logits)) <= 1e-4
+    assert relative(decoder(features, logits - bias * random(1, 9, 11, seed=3)), decoder(features, logits)) > 0.01
 
 
 # ------------------------------------------------------------------------------------------ Eq. 5

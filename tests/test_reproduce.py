@@ -253,3 +253,27 @@ def test_stopping_asks_every_process_once_and_waits_for_it(how, tmp_path):
     parent.send_signal(getattr(signal, how))
     said, _ = parent.communicate(timeout=30)
     assert "child: 7" in said and parent.returncode != 0
+
+
+# ------------------------------------------------------------------------------------------ the page of the real datasets
+
+def rows_of_real_datasets() -> list[str]:
+    """A line for every number that the paper gives: table, row, paper's, ours (nothing), the command that fills it."""
+    lines = []
+    for data, title in reproduce.NAMES.items():
+        lines += [f"### {title}", "", "| table | | paper | ours | command |", "|---|---|---|---|---|"]
+        for name, table in TABLES.items():
+            for row in table.rows if name != "stages" else ():
+                if data in row.paper:
+                    number = f"{row.paper[data]:.{table.digits}f}".replace("-", "−")
+                    lines.append(f"| {table.title.split(':')[0]} | {row.title} | {number} | | "
+                                 f"`python reproduce.py {name} --data {data}` |")
+        lines.append("")
+    return lines
+
+
+def test_page_of_real_datasets_has_a_row_and_a_command_for_every_number_of_the_paper():
+    """results/real.md; where it differs, its tables are to be replaced by what this prints."""
+    text = (Path(reproduce.__file__).parent / "results/real.md").read_text(encoding="utf-8")
+    expected = "\n".join(rows_of_real_datasets())
+    assert expected.strip() in text, expected

@@ -385,6 +385,28 @@ def test_learning_rate_goes_with_the_batch(voc):
     assert found["batch_size"] == 2 * recipe.batch_size and found["learning_rate"] == 2 * recipe.learning_rate
 
 
+def test_runs_share_what_is_slow_to_make(voc, monkeypatch):
+    """--cache: another --out, another seed, and the student take query and hypotheses from the first run's."""
+    run(rectify, *voc, "--out", "one", "--cache", "shared")
+    assert {path.name.split("-")[0] for path in Path("shared").iterdir()} == {"query", "hypotheses"}
+    assert not Path("one/voc/cache").exists()
+    for name in ("count_votes", "query_features"):
+        monkeypatch.setattr(rectify, name, None)
+    run(rectify, *voc, "--out", "two", "--cache", "shared", "--seed", "1")
+    run(distill, "--out", "two", "--cache", "shared")
+
+
+def test_flags_of_the_hypothesis_reach_recipe_and_training(voc):
+    """t and r of Eq. 6; a student asks with its teacher's."""
+    run(rectify, *voc, "--out", "few", "--vote-threshold", "0.9", "--window-ratio", "0.34")
+    run(rectify, *voc, "--out", "many", "--vote-threshold", "0", "--window-ratio", "0.34")
+    found = {out: read_json(out, "voc/rectify/recipe.json")["recipe"] for out in ("few", "many")}
+    assert [found[out]["vote_threshold"] for out in found] == [0.9, 0] and found["few"]["window_ratio"] == 0.34
+    assert not same_weights(weights_of("rectify", "few"), weights_of("rectify", "many"))
+    run(distill, "--out", "few")
+    assert runs.load(Path("few/voc/distill/checkpoint.pt"), "distill")["settings"]["teacher_recipe"]["vote_threshold"] == 0.9
+
+
 @pytest.mark.slow
 def test_compiled_blocks_change_rounding_alone(voc):
     for out, flags in (("plain", []), ("compiled", ["--compile"])):
