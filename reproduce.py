@@ -129,7 +129,7 @@ class Reproduction:
                              "evaluate.py --labels DIR.")
         self.args, self.root = args, Path(args.out) / "reproduce" / self.data
         known = {name: value for name, value in vars(args).items() if name not in ("what", "seeds", "epochs", "jobs", "plan")}
-        self.common = argparse.Namespace(**known | {"data": self.data, "cache": str(self.root / "cache")})
+        self.common = argparse.Namespace(**{"cache": str(self.root / "cache")} | known | {"data": self.data})
         self.world: World | None = None
         self.same: dict[str, str] = {}      # a point of a sweep that is the recipe itself: no run of its own
 
