@@ -1,6 +1,6 @@
 """The scripts as they are used: whole runs in small, labels that training never sees, bad input, interruptions.
 
-    python -m pytest tests/test_scripts.py           # under a minute; `-m slow` adds the real size of ViT-B/16
+    python -m pytest tests/test_scripts.py           # under a minute; the real size: test_layouts.py
 
 No network, no real dataset and no real weights: trees and weights files are written here, in the formats that people
 have. Recipes are those of the datasets, on pictures of a few dozen pixels (see helpers.quick_recipes).
@@ -744,62 +744,3 @@ def test_the_real_commands_end_to_end(voc, place):
     assert result.returncode == 0 and Path("runs/segment/2007_000033_overlay.png").exists(), result.stderr
     result = command(ROOT / "distill.py", "--classes", "nowhere.txt", "--device", "cpu", cwd=place)
     assert result.returncode == 2 and "nowhere.txt" in result.stderr
-
-
-# ------------------------------------------------------------------------------------------ the real size
-
-REAL_SIZE = """
-import resource, sys
-from dataclasses import replace
-sys.path.insert(0, {root!r})
-import data, distill, evaluate, rectify, runs
-data.QUERY_TEMPLATES[:] = data.QUERY_TEMPLATES[:2]              # what a CPU need not do 1,700 times
-rectify.RECIPES["voc"] = replace(rectify.RECIPES["voc"], window_ratio=1 / 2)
-script = {{"rectify": rectify, "distill": distill, "evaluate": evaluate}}[sys.argv[1]]
-with runs.errors_in_one_paragraph():
-    script.main(script.flags().parse_args(sys.argv[2:]))
-print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-"""
-WRITE_WEIGHTS = """
-import sys
-sys.path[:0] = [{root!r}, {tests!r}]
-import torch, torchvision
-from helpers import write_openai_archive
-write_openai_archive("ViT-B-16.pt")
-name = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[1]
-torch.save(torchvision.models.resnet50(weights=None).state_dict(), "torch/hub/checkpoints/" + name)
-"""
-
-
-@pytest.mark.slow
-def test_real_size_and_real_layout(tmp_path, monkeypatch, capsys):
-    """VOC-layout photographs through a ViT-B/16 in OpenAI's TorchScript format and a ResNet-50 student at 512 pixels.
-
-    All weights are random: what is shown is that everything fits together, and how much memory it takes.
-    """
-    monkeypatch.chdir(tmp_path)
-    write_voc_tree(tmp_path / "data", train=("2007_000032", "2007_000039"), val=("2007_000033",), height=375, width=500)
-    for path in Path("data", VOC_BASE, "SegmentationClass").iterdir():
-        write_label(path, np.random.default_rng(0).choice([0, 1, 15, 255], (375, 500)))
-    Path("torch/hub/checkpoints").mkdir(parents=True)
-    names = dict(root=str(ROOT), tests=str(ROOT / "tests"))
-    result = command("-c", WRITE_WEIGHTS.format(**names), cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    peaks = {}
-    for stage, *flags in (["rectify", "--data", "voc", "--clip", "ViT-B-16.pt", "--epochs", 1],
-                          ["distill", "--epochs", 1, "--batch-size", 2], ["evaluate"]):
-        result = command("-c", REAL_SIZE.format(**names), stage, *flags, "--device", "cpu", cwd=tmp_path,
-                         TORCH_HOME=str(tmp_path / "torch"))
-        assert result.returncode == 0, result.stderr
-        peaks[stage] = int(result.stdout.rsplit("peak", 1)[1]) / 2 ** 20
-    with capsys.disabled():
-        print("\nViT-B/16, ResNet-50, batch 1 and 2, float32 on the CPU: peak memory "
-              + ", ".join(f"{stage} {peak:.1f} GiB" for stage, peak in peaks.items()))
-    metrics = read_json("runs/voc/evaluate/metrics.json")
-    assert list(metrics) == ["vanilla", "maskclip", "rectify", "distill"]
-    assert [found["fingerprint"]["short_side"] for found in metrics.values()] == [336, 336, 336, 512]
-    recipe = read_json("runs/voc/distill/recipe.json")["recipe"]
-    assert recipe["backbone"] == "resnet50" and recipe["crop"] == [512, 512]
-    weights = weights_of("distill")
-    assert weights["inherited.rectifier.projection.weight"].shape == (512, 768, 1, 1)
-    assert max(peaks.values()) < 16
