@@ -131,6 +131,11 @@ def title(stage: str, ablation: str = "none") -> str:
     return STAGES[stage] if ablation == "none" else f"{STAGES[stage].split()[-1]}, {ablation}"
 
 
+def titled(found: dict[str, Predictor]) -> dict[str, Predictor]:
+    """Predictors of stages under what stands above their columns."""
+    return {title(stage, predictor.ablation): predictor for stage, predictor in found.items()}
+
+
 def rectified(world: World, query: Tensor) -> Predictor:
     """Stage 1's logits of features. The bias map depends on the grid alone: it is computed once for every image size."""
     path = world.folder("rectify") / "checkpoint.pt"
@@ -241,17 +246,16 @@ def predictions(world: World, found: dict[str, Predictor], labels: dict[str, Pat
 
 
 @torch.no_grad()
-def measure(world: World, query: Tensor, stages: list[str], labels: dict[str, Path], denoising: float = 0.0,
+def measure(world: World, found: dict[str, Predictor], labels: dict[str, Path], denoising: float = 0.0,
             smoothing: float = 0.0) -> dict:
     """Metrics of each stage on the labelled validation images."""
-    found = predictors(world, query, stages)
     classes = len(world.vocabulary)
-    confusion = {stage: torch.zeros(classes, classes, dtype=torch.int64, device=world.device) for stage in stages}
+    confusion = {stage: torch.zeros(classes, classes, dtype=torch.int64, device=world.device) for stage in found}
     for true_label, of_stages in predictions(world, found, labels, denoising, smoothing):
         for stage, predicted in of_stages.items():
             confusion[stage] += confusion_matrix(true_label, predicted, classes)
     recipe, metrics = rectify.recipe_of(world), {}
-    for stage in stages:
+    for stage in found:
         checkpoint = world.folder(stage) / "checkpoint.pt"
         refinements = {"prompt_denoising": denoising}
         if smoothing > 0 and stage != "distill":
@@ -268,14 +272,14 @@ def after_training(world: World, stages: list[str], trained: str, query: Tensor)
     """What a training script ends with: metrics.json and preview.png of its own stage; numbers if there are labels."""
     labels = ground_truth.true_label_files(world.name, world.root, list(world.validation_images)) \
         if ground_truth.labels_fit(world.name, world.vocabulary.names) else {}
-    folder = world.folder(trained)
+    folder, found = world.folder(trained), predictors(world, query, stages)
     if labels:
-        metrics = measure(world, query, stages, labels)
+        metrics = measure(world, found, labels)
         print_table(metrics)
         runs.write_json(folder / "metrics.json", metrics[trained])
     else:
         print(f"No labels of {world.name} for these classes found: nothing to measure, which hindered no training.")
-    picture_sheet(world, query, stages, labels, folder / "preview.png")
+    picture_sheet(world, titled(found), labels, folder / "preview.png")
     print(f"Wrote {folder}/: checkpoint.pt, recipe.json, log.jsonl, {'metrics.json, ' if labels else ''}preview.png")
 
 
@@ -309,17 +313,11 @@ def colour(classes: Tensor, palette) -> Image.Image:
     return Image.fromarray(table[classes.cpu().numpy().astype(np.uint8)])
 
 
-def picture_sheet(world: World, query: Tensor, stages: list[str], labels: dict[str, Path], path: Path,
-                  rows: int = 6, height: int = 144) -> None:
-    """`compare` the named stages of a run."""
-    found = predictors(world, query, stages)
-    compare(world, {title(stage, predictor.ablation): predictor for stage, predictor in found.items()}, labels, path, rows, height)
-
-
 @torch.no_grad()
-def compare(world: World, found: dict[str, Predictor], labels: dict[str, Path], path: Path, rows: int, height: int) -> None:
-    """A row for each of some validation images: the image, every predictor's classes under its title, the truth if known;
-    below, a legend."""
+def picture_sheet(world: World, columns: dict[str, Predictor], labels: dict[str, Path], path: Path,
+                  rows: int = 6, height: int = 144) -> None:
+    """A row for each of some validation images: the image, every column's classes under its title, the truth if known; below,
+    a legend."""
     images = world.validation_images
     chosen = list(images)[::max(1, len(images) // rows)][:rows]
     palette = world.vocabulary.palette
@@ -328,17 +326,18 @@ def compare(world: World, found: dict[str, Predictor], labels: dict[str, Path], 
     for name in chosen:
         image = data.read_image(images[name])
         size = (image.height, image.width)
-        tiles = [image]
-        for predictor in found.values():
-            tensor = data.to_tensor(data.short_side_to(image, predictor.short_side, patch))[None].to(world.device)
+        logits = {}
+        for short_side in {predictor.short_side for predictor in columns.values()}:
+            of_size = {name: predictor for name, predictor in columns.items() if predictor.short_side == short_side}
+            tensor = data.to_tensor(data.short_side_to(image, short_side, patch))[None].to(world.device)
             with runs.autocast(world.device, world.precision):
-                logits = logits_of_all(world, {"": predictor}, tensor)[""]
-            tiles.append(colour(predict(logits, size), palette))
+                logits |= logits_of_all(world, of_size, tensor)
+        tiles = [image, *(colour(predict(logits[name], size), palette) for name in columns)]
         if labels:
             truth = ground_truth.read_label(labels[name], table, size) if name in labels else np.full(size, data.IGNORE)
             tiles.append(colour(torch.from_numpy(truth), palette))
         strips.append(tiles)
-    titles = ["image", *found, *(["truth"] if labels else [])]
+    titles = ["image", *columns, *(["truth"] if labels else [])]
     runs.write_atomically(path, lambda file: sheet(strips, titles, world.vocabulary, height).save(file, format="PNG"))
 
 
@@ -402,11 +401,12 @@ def main(args: argparse.Namespace) -> dict:
         if not (world.folder(stage) / "checkpoint.pt").exists():
             print(f"No checkpoint of {stage} in {world.folder(stage)}: left out. Make it with: python {stage}.py "
                   f"--data {world.name}{runs.repeated(args)}")
-    metrics = measure(world, query, stages, labels, args.prompt_denoising, getattr(args, "key_smoothing", 0.0))
+    found = predictors(world, query, stages)
+    metrics = measure(world, found, labels, args.prompt_denoising, getattr(args, "key_smoothing", 0.0))
     print_table(metrics, per_class=True)
     folder = world.folder("evaluate")
     runs.write_json(folder / "metrics.json", metrics)
-    picture_sheet(world, query, stages, labels, folder / "preview.png")
+    picture_sheet(world, titled(found), labels, folder / "preview.png")
     print(f"\nWrote {folder}/: metrics.json, preview.png\nNext: python segment.py YOUR_PHOTO.jpg{runs.repeated(args)}")
     return metrics
 

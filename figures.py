@@ -317,8 +317,8 @@ def main(args: argparse.Namespace) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     if 5 in wanted:
         path = folder / "figure5_results.png"
-        shown = [stage for stage in stages if stage != "vanilla"]
-        evaluate.picture_sheet(world, query, shown, labels, path, rows=8, height=192)
+        shown = evaluate.predictors(world, query, [stage for stage in stages if stage != "vanilla"])
+        evaluate.picture_sheet(world, evaluate.titled(shown), labels, path, rows=8, height=192)
         drawn["figure5_results"] = path.read_bytes()
     paths = [folder / f"{name}.png" for name in drawn]
     for path, content in zip(paths, drawn.values()):

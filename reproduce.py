@@ -452,7 +452,7 @@ def figure_5(reproduction: Reproduction) -> bytes:
                "ReCLIP++ distilled": ours["distill"]}
     labels = ground_truth.true_label_files(world.name, world.root, list(world.validation_images))
     path = world.folder("figures") / "figure5_results.png"
-    evaluate.compare(world, columns, labels, path, rows=8, height=192)
+    evaluate.picture_sheet(world, columns, labels, path, rows=8, height=192)
     return path.read_bytes()
 
 

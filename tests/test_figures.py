@@ -240,7 +240,7 @@ def test_figure_5_shows_what_comes_after_vanilla_clip(voc, monkeypatch):
                         lambda *args, **more: seen.append((args, more)) or picture_sheet(*args, **more))
     run(figures, "--only", "5")
     [(args, more)] = seen
-    assert args[2] == ["maskclip", "rectify", "distill"] and len(args[3]) == 2 and more["height"] > 144
+    assert list(args[1]) == ["MaskCLIP", "ReCLIP++ rectified", "ReCLIP++ distilled"] and len(args[2]) == 2 and more["height"] > 144
     assert os.listdir("runs/voc/figures") == ["figure5_results.png"]
 
 

@@ -477,7 +477,7 @@ def test_scores_of_all_stages_are_printed_and_written(voc, opened, capsys):
 def test_scores_are_those_of_the_predictions_that_evaluate_measures(voc):
     """The matrices of all bins together give evaluate.py's numbers, and class preference is theirs."""
     world, query, labels, stages = world_of()
-    expected = evaluate.measure(world, query, stages, labels)
+    expected = evaluate.measure(world, evaluate.predictors(world, query, stages), labels)
     found = scores.confusions(world, evaluate.predictors(world, query, stages), labels)
     written = run(scores)
     for stage, (confusion, counts) in found.items():
@@ -580,7 +580,8 @@ def test_probe_beats_the_stage_s_own_words_in_toyland(place, monkeypatch):
     monkeypatch.setattr(toyland, "VAL_SCENES", 60)
     world, query, labels, _ = world_of()
     probed = scores.linear_probes(world, query, ["maskclip"], labels, scores.ProbeRecipe(), seed=0)["maskclip"]["miou"]
-    assert probed > evaluate.measure(world, query, ["maskclip"], labels)["maskclip"]["miou"] + 10
+    found = evaluate.predictors(world, query, ["maskclip"])
+    assert probed > evaluate.measure(world, found, labels)["maskclip"]["miou"] + 10
 
 
 @pytest.mark.parametrize("name", ["context", "ade", "cityscapes", "coco"])

@@ -105,7 +105,8 @@ def long_runs(folder: Path) -> dict[str, list[int]]:
         world = rectify.open_world(evaluate.flags().parse_args([str(flag) for flag in flags]))
         images = data.validation_images(world.name, world.root)
         labels = ground_truth.true_label_files(world.name, world.root, list(images), str(folder / "measured" / "labels"))
-        evaluate.measure(world, rectify.cached_query(world), list(evaluate.STAGES), labels)
+        found = evaluate.predictors(world, rectify.cached_query(world), list(evaluate.STAGES))
+        evaluate.measure(world, found, labels)
     return memory
 
 
