@@ -2,12 +2,13 @@
 
     python scores.py                           the two preferences of all stages of the newest run
     python scores.py --probe                   the linear probe too
+    python scores.py --hypotheses              precision and recall of what stage 1 was told of its training images (Eq. 6)
     python scores.py --data photos --classes names.txt --labels photo_labels
 
 Here labels train something, and nowhere else: the classifier of the linear probe, which asks how much a frozen model's pixel
-embeddings know. It stands outside the method, no stage ever reads it, and it alone opens training labels of the public
-datasets. Toyland has none on disk: their truth is drawn again, in memory. Everything else here opens validation labels, as
-evaluate.py does. Reads the checkpoints of one run, writes runs/<data>/scores/scores.json.
+embeddings know. It stands outside the method and no stage ever reads it. It and --hypotheses alone open training labels of
+the public datasets. Toyland has none on disk: their truth is drawn again, in memory. Everything else here opens validation
+labels, as evaluate.py does. Reads the checkpoints of one run, writes runs/<data>/scores/*.json.
 
     B images · C classes · D channels of an embedding · H,W pixels of an image's own label · h,w a stage's grid
     N objects, or patches that the probe learns from · K bins of distance
@@ -28,6 +29,8 @@ def flags() -> argparse.ArgumentParser:
                        help="index pictures of a folder of your own images: same names, .png, value = class, 255 ignored")
     extra.add_argument("--probe", action="store_true",
                        help="train a linear classifier on the labels of training images, for each stage, and measure it")
+    extra.add_argument("--hypotheses", action="store_true",
+                       help="compare the hypotheses of the training images with their labels")
     return parser
 
 
@@ -301,21 +304,21 @@ class DrawnScenes(torch.utils.data.Dataset):
         return self.ids[index], data.to_tensor(image), torch.from_numpy(truth.astype(np.int64))
 
 
-def labelled_training_images(world: World, short_side: int, most: int) -> torch.utils.data.Dataset:
-    """For the probe alone: at most `most` training images, evenly spaced, with their true labels.
+def labelled_training_images(world: World, short_side: int, most: int, flag: str) -> torch.utils.data.Dataset:
+    """For what `flag` asks for: at most `most` training images, evenly spaced, with their true labels.
 
     Raises ValueError for a folder of one's own images, which has no second part to measure on, and when there are no labels.
     """
     if runs.is_folder(world.name):
-        raise ValueError(f"--probe --data {world.name}: expected a dataset with labels for training and others for "
-                         "validation; found a folder of your own images. Leave --probe out.")
+        raise ValueError(f"{flag} --data {world.name}: expected a dataset with labels for training and others for "
+                         f"validation; found a folder of your own images. Leave {flag} out.")
     patch, images = world.clip_model.visual.patch_size, world.training_images
     if world.name == "toyland":
         return DrawnScenes(evenly_spaced(list(images), most), short_side, patch)
     labels = public_datasets.label_files(world.name, world.root, "train", list(images))
     if not labels:
-        raise ValueError(f"--probe --data {world.name}: expected labels of its training images for the probe to learn from, "
-                         "found none. Unpack them, or leave --probe out.")
+        raise ValueError(f"{flag} --data {world.name}: expected labels of its training images, found none. Unpack them, or "
+                         f"leave {flag} out.")
     chosen = {name: labels[name] for name in evenly_spaced(list(labels), most)}
     return ground_truth.LabelledImages(images, chosen, ground_truth.lookup_table(world.name, len(world.vocabulary)), short_side, patch)
 
@@ -346,7 +349,7 @@ def labelled_patches(world: World, found: dict[str, Predictor], recipe: ProbeRec
     parts: dict[str, list[tuple[Tensor, Tensor]]] = {stage: [] for stage in found}
     for short_side in sorted({embed.short_side for embed in found.values()}):
         of_size = {stage: embed for stage, embed in found.items() if embed.short_side == short_side}
-        dataset = labelled_training_images(world, short_side, recipe.images)
+        dataset = labelled_training_images(world, short_side, recipe.images, "--probe")
         loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=world.workers)
         for name, image, true_label in tqdm(loader, desc="embedding", unit="image"):
             with runs.autocast(world.device, world.precision):
@@ -382,6 +385,44 @@ def linear_probes(world: World, query: Tensor, stages: list[str], labels: dict[s
 def probe_on(embed: Callable[[Tensor], Tensor], weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
     """A stage with its own head taken off and the probe in its place: what `embed` takes → logits (B, C, h, w)."""
     return lambda seen: torch.einsum("bdhw,cd->bchw", embed(seen).float(), weight) + bias[:, None, None]
+
+
+# ------------------------------------------------------------------------------------------ the hypotheses
+
+LEAST = 0.001                   # [ours] of the pixels that have a label: a class is in an image from here on
+
+
+def precision_and_recall(hypothesis: Tensor, truth: Tensor) -> tuple[float | None, float | None]:
+    """Of what is named the share that is there, and of what is there the share that is named; None for 0 / 0. Both bool."""
+    right = (hypothesis & truth).sum().item()
+    return tuple(round(right / count, 4) if count else None for count in (hypothesis.sum().item(), truth.sum().item()))
+
+
+def hypothesis_scores(world: World, query: Tensor) -> dict:
+    """How right H of Eq. 6 is about the training images, as the run's recipe (or its ablation's rule) has it.
+
+    A class is in an image if it has a thousandth of the pixels that have a label. classes: of an H, on average; precision and
+    recall over all pairs of image and class, and of every class.
+    """
+    recipe, images, C = rectify.recipe_of(world), world.training_images, len(world.vocabulary)
+    labelled, rows = labelled_training_images(world, recipe.short_side, len(images), "--hypotheses"), {}
+    for name, _, true_label in tqdm(torch.utils.data.DataLoader(labelled, batch_size=None, num_workers=world.workers),
+                                    desc="labels", unit="image"):
+        pixels = torch.bincount(true_label[true_label != data.IGNORE].flatten(), minlength=C)
+        rows[name] = pixels > LEAST * pixels.sum()
+    hypotheses = rectify.chosen(recipe, rectify.cached_hypotheses)(world, query, images, recipe)
+    H, truth = hypotheses[[number for number, name in enumerate(images) if name in rows]], torch.stack(list(rows.values()))
+    precision, recall = precision_and_recall(H, truth)
+    return {"images": len(H), "classes": round(H.sum(dim=1).float().mean().item(), 2), "precision": precision, "recall": recall,
+            "per_class": {name: precision_and_recall(H[:, k], truth[:, k]) for k, name in enumerate(world.vocabulary.names)},
+            "window_ratio": recipe.window_ratio, "vote_threshold": recipe.vote_threshold, "ablation": recipe.ablation}
+
+
+def print_hypotheses(found: dict) -> None:
+    print(f"\nHypotheses of {found['images']} training images, {found['classes']:.1f} classes each"
+          f"\n{'':22}{'precision':>10}{'recall':>10}")
+    for name, (precision, recall) in {"all": (found["precision"], found["recall"]), **found["per_class"]}.items():
+        print(f"{name:22}{shown(precision, 2):>10}{shown(recall, 2):>10}")
 
 
 # ------------------------------------------------------------------------------------------ the run
@@ -433,7 +474,7 @@ def shown(value: float | None, digits: int) -> str:
 def main(args: argparse.Namespace) -> dict:
     """Score all stages of the newest run (or of `--data`), write scores.json, return the scores."""
     world, query, labels, stages = open_measured(args)
-    runs.refuse_folders(world.folder("scores"), "scores.json")
+    runs.refuse_folders(world.folder("scores"), "scores.json", "hypotheses.json")
     ground_truth.refuse_other_classes(world.name, world.vocabulary.names)
     if not labels:
         raise ValueError(f"{world.name}: expected labels of its validation images to measure against, found none. For a "
@@ -446,6 +487,9 @@ def main(args: argparse.Namespace) -> dict:
         for stage, measured in linear_probes(world, query, stages, labels, recipe, args.seed).items():
             scores[stage]["probe"] = measured | {"recipe": asdict(recipe), "seed": args.seed}
     print_scores(scores)
+    if args.hypotheses:
+        print_hypotheses(found := hypothesis_scores(world, query))
+        runs.write_json(world.folder("scores") / "hypotheses.json", found)
     path = world.folder("scores") / "scores.json"
     runs.write_json(path, scores)
     print(f"\nWrote {path}\nNext: python figures.py{runs.repeated(args)}")

@@ -502,6 +502,34 @@ def test_probe_teaches_on_training_labels_and_changes_no_weight(voc, opened):
     assert len({of_stage["probe"]["pixel_accuracy"] for of_stage in first.values()}) > 1
 
 
+def test_hypotheses_are_compared_with_what_is_in_the_training_images(voc, monkeypatch, capsys):
+    """Right hypotheses have precision and recall 1; all classes have recall 1 and the truth's share as precision."""
+    world, query, _, _ = world_of()
+    names = world.vocabulary.names
+    labels = [np.array(Image.open(f"data/VOCdevkit/VOC2012/SegmentationClass/{image}.png")) for image in world.training_images]
+    truth = torch.tensor([[(label == 1 + k).any() for k in range(20)] for label in labels])
+    monkeypatch.setattr(rectify, "cached_hypotheses", lambda *_: truth)
+    found = scores.hypothesis_scores(world, query)
+    assert found["precision"] == found["recall"] == 1 and found["classes"] == round(truth.sum().item() / 4, 2)
+    assert found["per_class"][names[3]] == (None, None) and found["per_class"][names[0]] == (1, 1)         # no bird is there
+    monkeypatch.setattr(rectify, "cached_hypotheses", lambda *_: torch.ones(4, 20, dtype=torch.bool))
+    written = run(scores, "--hypotheses") and json.loads(Path("runs/voc/scores/hypotheses.json").read_text())
+    assert written["recall"] == 1 and written["precision"] == pytest.approx(truth.float().mean().item(), abs=1e-4)
+    assert f"{names[0]:22}" in capsys.readouterr().out
+
+
+def test_class_of_a_few_pixels_is_not_in_an_image(voc, monkeypatch):
+    """Less than a thousandth of the labelled pixels."""
+    world, query, _, _ = world_of()
+    for image in world.training_images:
+        values = np.full((40, 56), 8)
+        values[0, :2], values[1, :3] = 15, 20           # two pixels of 2,240 and three
+        write_label(Path("data/VOCdevkit/VOC2012/SegmentationClass", f"{image}.png"), values)
+    monkeypatch.setattr(rectify, "cached_hypotheses", lambda *_: torch.ones(4, 20, dtype=torch.bool))
+    found = scores.hypothesis_scores(world, query)
+    assert [name for name, (precision, _) in found["per_class"].items() if precision] == [data.VOC_CLASSES[k] for k in (7, 19)]
+
+
 def test_probe_leaves_clip_as_it_is(voc):
     """No gradient reaches it and no buffer moves, neither in CLIP nor in the student."""
     world, query, labels, stages = world_of()
@@ -612,7 +640,7 @@ def test_what_cannot_be_scored_is_refused(place, tiny_clip, capsys):
     for name in ("2007_000032", "2007_000039", "2007_000063", "2007_000068"):
         Path("data", VOC_BASE, "SegmentationClass", f"{name}.png").unlink()
     run(scores, *voc)
-    assert "expected labels of its training images for the probe" in refusal(capsys, scores, *voc, "--probe")
+    assert "expected labels of its training images, found none. Unpack them, or leave --probe out" in refusal(capsys, scores, *voc, "--probe")
 
 
 def test_probe_of_labels_that_name_no_class_is_refused(place, tiny_clip, capsys):
