@@ -152,6 +152,7 @@ TABLES = {
         Row("decoder alone, Eq. 7 over the mask's area", stage_1("no-bias+loss-area")),
         Row("both, Eq. 7 over the mask's area", stage_1("loss-area")))),
     "figure3": Table("Figure 3: the hypothesis", (
+        Row("the recipe's t and r", RECTIFIED),
         *(Row(f"t = {100 * t:g} %", stage_1(f"t={t:g}")) for t in THRESHOLDS),
         *(Row(f"r = {r:.3g}", stage_1(f"r={r:.3g}")) for r in RATIOS),
         Row("whole-image rule of ReCLIP", stage_1("whole-image")))),

@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import runs
-from paper import CLAIMS, FIGURES, RATIOS, SYSTEMS, TABLES, Cell, Claim, Table, stage_1
+from paper import CLAIMS, FIGURES, RATIOS, RECTIFIED, SYSTEMS, TABLES, THRESHOLDS, Cell, Claim, Table, stage_1
 
 WHAT = (*TABLES, *(name for name in FIGURES if name not in TABLES))
 
@@ -81,7 +81,7 @@ def jobs_of(cell: Cell, seed: int) -> list[Job]:
     system, stage, measure = cell
     flags_of = SYSTEMS[system]
     jobs = [Job(flags_of.teacher, "rectify", seed)] if flags_of.teacher else []
-    if flags_of.rectify is not None and (stage == "rectify" or flags_of.distill is None or stage == "distill"):
+    if flags_of.rectify is not None and stage in SCRIPTS:
         jobs.append(Job(system, "rectify", seed))
     if stage == "distill":
         jobs.append(Job(system, "distill", seed))
@@ -138,7 +138,22 @@ class Reproduction:
         self.world = open_world(self.common)
         recipe = {name: rectify.resolved(self.world, self.parsed(Job(name, "rectify", 0)))
                   for name, system in SYSTEMS.items() if system.rectify is not None}
+        self.recipe = recipe["reclip++"]
         self.same = {name: "reclip++" for name in recipe if name != "reclip++" and recipe[name] == recipe["reclip++"]}
+
+    def measured_as(self, cell: Cell) -> Cell:
+        """The cell itself, or that of the recipe where its system is no other."""
+        system, stage, measure = cell
+        return self.same.get(system, system), stage, measure
+
+    def asks(self, claim: Claim) -> bool:
+        """Whether a claim can be asked of this dataset.
+
+        Not where the paper's own numbers deny it (ReCLIP's on Cityscapes), nor where the recipe's t or r is itself an end of
+        the sweep: then nothing lies on its other side.
+        """
+        better, *worse = [cell and self.measured_as(cell) for cell in (claim.better, *claim.worse)]
+        return better not in worse and not in_paper(claim, self.data).startswith("−")
 
     def out(self, job: Job) -> Path:
         return self.root / job.system / str(job.seed)
@@ -166,6 +181,14 @@ class Reproduction:
     def parsed(self, job: Job) -> argparse.Namespace:
         return SCRIPTS[job.script].flags().parse_args(self.arguments(job))
 
+    def commands(self, job: Job) -> list[str]:
+        """A job as it is typed: its command, and before that of a student the copy of a teacher from another folder."""
+        taken = []
+        if job.script == "distill" and (teacher := SYSTEMS[job.system].teacher):
+            source, target = (self.folder(Job(system, "rectify", job.seed)) for system in (teacher, job.system))
+            taken = [shlex.join(["mkdir", "-p", str(target.parent)]), shlex.join(["cp", "-r", str(source), str(target)])]
+        return [*taken, f"python {shlex.join(self.command(job))}"]
+
     def command(self, job: Job) -> list[str]:
         return [f"{'scores' if job.script == 'probe' else job.script}.py", *self.arguments(job)]
 
@@ -187,10 +210,17 @@ class Reproduction:
         world.refuse_misfit(made)
         recipe = rectify.resolved(world, self.parsed(job)) if job.script == "rectify" else \
             distill.resolved(world, self.parsed(job), rectify.saved_recipe(made, "teacher_recipe"))
-        of_run = made["settings"]
+        of_run, images = made["settings"], list(self.world.training_images)
         runs.refuse_unless(path, "recipe, precision or seed",
                            expected=runs.plain(asdict(recipe)) | {"precision": world.precision, "seed": job.seed},
                            found=of_run["recipe"] | {name: of_run.get(name) for name in ("precision", "seed")})
+        if of_run["images"] != images:                  # told by their number: there are thousands
+            runs.refuse_unless(path, "list of training images", expected=f"{len(images)} images",
+                               found=f"{len(of_run['images'])}, not the same ones")
+        teacher = self.folder(Job(SYSTEMS[job.system].teacher or job.system, "rectify", job.seed)) / "checkpoint.pt"
+        if job.script == "distill" and teacher.exists():
+            runs.refuse_unless(path, "teacher", expected=distill.teacher_of(rectify.load_checkpoint(teacher, "rectify")),
+                               found=of_run["teacher"])
         metrics = read_json(folder / "metrics.json")
         return metrics if self.fits(metrics, path) else None
 
@@ -219,10 +249,9 @@ class Reproduction:
 
     def value(self, cell: Cell, seed: int) -> float | None:
         """One number; None where it has not been measured."""
-        system, stage, measure = cell
-        *_, job = jobs_of((self.same.get(system, system), stage, measure), seed)
-        result = self.result(job) or (self.result(replace(job, script="probe")) if job.script == "scores" else None)
-        if result is None:
+        _, stage, measure = cell
+        *_, job = jobs_of(self.measured_as(cell), seed)
+        if (result := self.result(job)) is None:
             return None
         of_stage = result if job.script in SCRIPTS else result[stage]
         return of_stage["probe"]["miou"] if measure == "probe" else of_stage[measure]
@@ -230,11 +259,20 @@ class Reproduction:
     # -------------------------------------------------------------------------------------- what is not there
 
     def missing(self, cells: list[Cell]) -> list[Job]:
-        cells = [(self.same.get(system, system), stage, measure) for system, stage, measure in cells]
-        return [job for job in plan(cells, self.args.seeds) if not self.finished(job)]
+        cells = [self.measured_as(cell) for cell in cells]
+        missing: list[Job] = []
+        for job in plan(cells, self.args.seeds):        # what was measured before a training is measured again behind it
+            if not self.finished(job) or job.script not in SCRIPTS and waits_for(job, missing):
+                missing.append(job)
+        return missing
 
     def run(self, jobs: list[Job]) -> None:
         """Run all jobs. Raises ValueError when one fails, KeyboardInterrupt when stopped."""
+        world = self.world                      # before hours of training: is there anything to measure against?
+        ground_truth.refuse_other_classes(world.name, world.vocabulary.names)
+        if not ground_truth.true_label_files(world.name, world.root, list(world.validation_images)):
+            raise ValueError(f"--data {self.data}: expected labels of its validation images to measure against, found none. "
+                             f"python check.py --data {self.data} says what is missing.")
         at_once = getattr(self.args, "jobs", 1 if self.world.device.type != "cpu" else min(8, os.cpu_count() or 1))
         print(f"{len(jobs)} commands to run, {at_once} at a time; what they print goes to {self.root}/*/*/*.log")
         started = time.monotonic()
@@ -246,9 +284,14 @@ class Reproduction:
         """Run one after the other in this very process: yields each with its seconds."""
         for job in jobs:
             started = time.monotonic()
-            with open(self.prepare(job), "w", encoding="utf-8") as log, contextlib.redirect_stdout(log):
-                script = scores if job.script in ("scores", "probe") else {**SCRIPTS, "evaluate": evaluate}[job.script]
-                script.main(script.flags().parse_args(self.arguments(job)))
+            script = scores if job.script in ("scores", "probe") else {**SCRIPTS, "evaluate": evaluate}[job.script]
+            try:
+                with open(self.prepare(job), "w", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+                    script.main(script.flags().parse_args(self.arguments(job)))
+            except ValueError as error:
+                raise ValueError(f"{job}: {error} The command was: python {shlex.join(self.command(job))}") from error
+            except KeyboardInterrupt:           # the script's own words name a flag that is not ours
+                raise KeyboardInterrupt(f"The same command goes on with {job}.") from None
             self.refuse_unfinished(job)
             yield job, time.monotonic() - started
 
@@ -320,9 +363,10 @@ def stopped_politely() -> Iterator[list[subprocess.Popen]]:
     try:
         yield processes
     except BaseException:
-        print("Stopping: waiting for what still runs to save.", flush=True)
         for process in list(processes):
             process.send_signal(signal.SIGINT)
+        with contextlib.suppress(OSError):      # nobody may read it any more
+            print("Stopping: waiting for what still runs to save.", flush=True)
         raise
     finally:
         signal.signal(signal.SIGTERM, old)
@@ -399,7 +443,8 @@ def in_paper(claim: Claim, data: str) -> str:
 def claim_lines(claims: list[Claim], values: dict[Cell, list[float]], data: str) -> list[str]:
     lines = ["### Claims", "",
              "The difference that a claim says is above zero, for each seed. Held: its mean is above zero and above its spread "
-             "(standard deviation over seeds).", "",
+             "(standard deviation over seeds). Left out are claims that the paper's own numbers deny on this dataset, and the "
+             "shape of a sweep that ends at the recipe's own value.", "",
              f"| | claim | paper | {data}: mean ± spread | each seed | |", "|---|---|---|---|---|---|"]
     for claim in claims:
         difference = differences(claim, values)
@@ -412,14 +457,16 @@ def claim_lines(claims: list[Claim], values: dict[Cell, list[float]], data: str)
     return [*lines, "", f"{sum(held)} of {len(held)} held." if held else "Nothing has been run.", ""]
 
 
-def points_of_figure_3(values: dict[Cell, list[float]]) -> dict:
-    """What figures.py draws figure 3 from: means over seeds, with their spread."""
-    points: dict = {"t": [], "r": []}
+def points_of_figure_3(values: dict[Cell, list[float]], recipe: rectify.Recipe) -> dict:
+    """What figures.py draws figure 3 from: means over seeds, with their spread. The recipe's own point is in both curves."""
+    where = {f"t={t:g}": [("t", t)] for t in THRESHOLDS} | {f"r={r:.3g}": [("r", r)] for r in RATIOS}
+    where["reclip++"] = [("t", recipe.vote_threshold), ("r", recipe.window_ratio)]
+    measured: dict = {"t": {}, "r": {}}
     for row in TABLES["figure3"].rows:
-        name, _, number = row.cell[0].partition("=")
-        if number and (found := values.get(row.cell)):
-            exact = float(number) if name == "t" else min(RATIOS, key=lambda ratio: abs(ratio - float(number)))
-            points[name].append([exact, float(np.mean(found)), float(np.std(found, ddof=1)) if len(found) > 1 else 0.0])
+        if found := values.get(row.cell):
+            for name, x in where.get(row.cell[0], []):
+                measured[name][x] = [float(np.mean(found)), float(np.std(found, ddof=1)) if len(found) > 1 else 0.0]
+    points = {name: [[x, *point] for x, point in of_name.items()] for name, of_name in measured.items()}
     if found := values.get(stage_1("whole-image")):
         points["whole image"] = float(np.mean(found))
     return points
@@ -433,7 +480,7 @@ def draw(reproduction: Reproduction, wanted: list[str], values: dict[Cell, list[
                                              "labels": None, "show": None, "points": None}
         paths = figures.main(argparse.Namespace(**known))
     drawn = {path.name: path.read_bytes() for path in paths}
-    if "figure3" in wanted and (points := points_of_figure_3(values))["t"] and points["r"]:
+    if "figure3" in wanted and (points := points_of_figure_3(values, reproduction.recipe))["t"] and points["r"]:
         drawn["figure3_hypothesis.png"] = figures.png(figures.hypothesis_figure(points))
     if "figure5" in wanted:
         drawn["figure5_results.png"] = figure_5(reproduction)
@@ -464,15 +511,15 @@ def main(args: argparse.Namespace) -> dict[Cell, list[float]]:
     if unknown := [name for name in args.what if name not in WHAT]:
         raise ValueError(f"expected one or more of {', '.join(WHAT)}, found {', '.join(unknown)}.")
     wanted = [name for name in WHAT if name in args.what or not args.what]
-    claims = [claim for claim in CLAIMS if claim.source in wanted]
-    cells = cells_of(wanted, claims)
     reproduction = Reproduction(args)
     runs.refuse_folders(reproduction.root, "results.md", "results.json")
     reproduction.open()
+    claims = [claim for claim in CLAIMS if claim.source in wanted and reproduction.asks(claim)]
+    cells = cells_of(wanted, claims)
     jobs = reproduction.missing(cells)
     if args.plan:
         for job in jobs:
-            print(f"python {shlex.join(reproduction.command(job))}")
+            print(*reproduction.commands(job), sep="\n")
     elif jobs:
         reproduction.run(jobs)
     values = {}

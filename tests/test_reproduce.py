@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import paper
 import rectify
 import reproduce
 import runs
+from clip.download import sha256
 from helpers import refusal, run, write_voc_tree
 from paper import CLAIMS, FIGURES, SYSTEMS, TABLES, Claim, Row, Table
 from reproduce import Job
@@ -28,6 +30,11 @@ CELL, OTHER = ("reclip++", "rectify", "miou"), ("no-bias", "rectify", "miou")
 def voc(place, tiny_clip):
     write_voc_tree(place / "data")
     return ["--data", "voc", "--clip", tiny_clip, "--jobs", "1"]
+
+
+def reproduction(*flags, data: str = "voc") -> reproduce.Reproduction:
+    """As main() has it before it opens images, words and CLIP."""
+    return reproduce.Reproduction(reproduce.flags().parse_args([*map(str, flags), "--data", data]))
 
 
 def results() -> dict:
@@ -80,6 +87,31 @@ def test_papers_own_numbers_bear_out_every_claim():
     known = [(claim, reproduce.in_paper(claim, data)) for claim in CLAIMS for data in ("toyland", "voc")]
     assert len({claim.text for claim, said in known if said}) >= 20
     assert [claim.text for claim, said in known if said.startswith("−")] == []
+
+
+def test_claim_that_the_paper_denies_on_a_dataset_is_not_asked_there(voc):
+    """ReCLIP is below MaskCLIP on Cityscapes: to find it there, too, is no failure."""
+    asked = {data: {claim.text for claim in CLAIMS if reproduction(*voc, data=data).asks(claim)} for data in reproduce.NAMES}
+    denied = {"ReCLIP's rectification is better than MaskCLIP", "ReCLIP's student is better than MaskCLIP+"}
+    assert len(asked["voc"]) == len(CLAIMS) and asked["voc"] - asked["cityscapes"] == denied
+    assert all(asked[data] == asked["voc"] for data in ("context", "ade", "coco"))
+
+
+def test_sweep_that_ends_at_the_recipe_has_no_claim_of_a_bell(voc):
+    [of_r] = [claim for claim in CLAIMS if "over r" in claim.text]
+    made = reproduction(*voc)
+    made.same = {"r=0.25": "reclip++"}
+    assert made.asks(of_r)
+    made.same = {"r=0.167": "reclip++"}
+    assert not made.asks(of_r)
+
+
+def test_figure_3_has_the_recipes_own_point(voc):
+    """Wherever the recipe's t and r lie: VOC's t of 7 % is none of the sweep's."""
+    values = {CELL: [70.0, 72.0], ("t=0", "rectify", "miou"): [60.0, 60.0], ("r=0.167", "rectify", "miou"): [70.0, 72.0]}
+    points = reproduce.points_of_figure_3(values, rectify.Recipe(vote_threshold=0.07, window_ratio=1 / 6))
+    assert [x for x, *_ in points["t"]] == [0.07, 0.0] and points["t"][0][1] == 71
+    assert [x for x, *_ in points["r"]] == [1 / 6], "one point, not two"
 
 
 # ------------------------------------------------------------------------------------------ what has to be run
@@ -198,7 +230,89 @@ def test_plan_runs_nothing_and_names_commands_that_work(voc, capsys):
     assert len(values) == 2 and "| subtraction | 73.5 |" in said
 
 
+def test_plan_of_a_student_copies_its_teacher(voc, capsys):
+    """Typed one after another the commands give what a reproduction gives, which then has nothing left to do."""
+    run(reproduce, "table8", *voc, "--seeds", "1", "--epochs", "1", "--plan")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("python ", "mkdir ", "cp "))]
+    for line in lines:
+        command, *flags = line.removeprefix("python ").split()
+        if command.endswith(".py"):
+            run({"rectify.py": rectify, "distill.py": distill}[command], *flags)
+        else:
+            subprocess.run([command, *flags], check=True)
+    before = checkpoints()
+    assert len(before) == 6 and len(run(reproduce, "table8", *voc, "--seeds", "1", "--epochs", "1")) == 3
+    assert "commands to run" not in capsys.readouterr().out and checkpoints() == before
+
+
+def test_table_asked_for_later_costs_no_number_of_an_earlier_one(voc):
+    """What was measured beside fewer stages is measured again behind the training of the next one."""
+    run(reproduce, "table6", *voc, "--seeds", "1")
+    values = run(reproduce, "stages", "table6", *voc, "--seeds", "1")
+    assert len(values) == 5 and len(results()["claims"]) == 2
+
+
+@pytest.mark.parametrize("change, said", [("teacher", "another teacher"), ("images", "another list of training images")])
+def test_student_of_another_teacher_and_run_on_other_images_are_refused(voc, capsys, change, said):
+    run(reproduce, "table8", *voc, "--seeds", "1")
+    if change == "images":
+        path = Path("data/VOCdevkit/VOC2012/ImageSets/Segmentation/train.txt")
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    else:
+        path = Path("runs/reproduce/voc/loss-mask/0/voc/distill/checkpoint.pt")
+        runs.save(path, runs.read(path) | {"settings": runs.read(path)["settings"] | {"teacher": 1}})
+        metrics = json.loads(path.with_name("metrics.json").read_text())
+        metrics["fingerprint"]["weights"] = sha256(path)[:16]           # measured, and all is well but for the teacher
+        path.with_name("metrics.json").write_text(json.dumps(metrics))
+    assert said in refusal(capsys, reproduce, "table8", *voc, "--seeds", "1")
+
+
+def test_missing_labels_are_told_before_anything_is_trained(voc, capsys):
+    for path in Path("data/VOCdevkit/VOC2012/SegmentationClass").iterdir():
+        path.unlink()
+    assert "expected labels" in refusal(capsys, reproduce, "table5", *voc) and not checkpoints()
+
+
+def test_training_that_fails_or_stops_is_told_with_its_name(voc, capsys, monkeypatch):
+    def ended_by(error: BaseException) -> None:
+        def main(_args):
+            raise error
+        monkeypatch.setattr(rectify, "main", main)
+
+    ended_by(ValueError("expected a finite number, found nan."))
+    said = refusal(capsys, reproduce, "table5", *voc)
+    assert "reclip++, rectify, seed 0: expected a finite" in said and "python rectify.py --data voc" in said
+    ended_by(KeyboardInterrupt("the same command and --resume goes on"))
+    with pytest.raises(KeyboardInterrupt, match="same command goes on with reclip"):
+        run(reproduce, "table5", *voc)
+
+
 # ------------------------------------------------------------------------------------------ several processes
+
+def test_processes_are_stopped_when_nobody_reads_what_is_printed(voc, monkeypatch):
+    """`reproduce.py | head`: what runs beside the job that has just ended must not go on for hours."""
+    made, said, ended = reproduction(*voc[:-1], "2"), [], []
+    made.open()
+
+    def process(job: Job, _environment: dict, processes: list) -> float:
+        if job.seed == 1:
+            processes.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(30)"]))
+            ended.append(processes[0].wait())
+        while not processes:                            # the other job ends as soon as this one has begun
+            time.sleep(0.05)
+        return 0.0
+
+    def print_until_closed(*words, **_) -> None:
+        said.append(words)
+        if len(said) > 1:                               # after the line that says how many there are
+            raise BrokenPipeError
+
+    monkeypatch.setattr(made, "process", process)
+    monkeypatch.setattr(made, "refuse_unfinished", lambda job: None)
+    monkeypatch.setattr(reproduce, "print", print_until_closed, raising=False)
+    with pytest.raises(BrokenPipeError):
+        made.run([Job("reclip++", "evaluate", 0), Job("reclip++", "evaluate", 1)])
+    assert ended and ended[0] != 0
 
 @pytest.mark.slow
 def test_processes_give_what_one_process_gives(voc, capsys):
@@ -245,7 +359,6 @@ except KeyboardInterrupt:
 @pytest.mark.parametrize("how", ["SIGINT", "SIGTERM"])
 def test_stopping_asks_every_process_once_and_waits_for_it(how, tmp_path):
     import signal
-    import time
     parent = subprocess.Popen([sys.executable, "-c", WAITING.format(child=CHILD)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                               text=True, cwd=Path(reproduce.__file__).parent, start_new_session=True)
     assert parent.stdout.readline() == "started\n"
