@@ -328,11 +328,11 @@ def picture_sheet(world: World, columns: dict[str, Predictor], labels: dict[str,
         size = (image.height, image.width)
         logits = {}
         for short_side in {predictor.short_side for predictor in columns.values()}:
-            of_size = {name: predictor for name, predictor in columns.items() if predictor.short_side == short_side}
+            of_size = {column: predictor for column, predictor in columns.items() if predictor.short_side == short_side}
             tensor = data.to_tensor(data.short_side_to(image, short_side, patch))[None].to(world.device)
             with runs.autocast(world.device, world.precision):
                 logits |= logits_of_all(world, of_size, tensor)
-        tiles = [image, *(colour(predict(logits[name], size), palette) for name in columns)]
+        tiles = [image, *(colour(predict(logits[column], size), palette) for column in columns)]
         if labels:
             truth = ground_truth.read_label(labels[name], table, size) if name in labels else np.full(size, data.IGNORE)
             tiles.append(colour(torch.from_numpy(truth), palette))

@@ -474,7 +474,7 @@ def cached_features(world: World, rectifier: Rectifier, dataset: data.TrainingIm
 
     key = ("features", world.fingerprint, world.precision, dataset.seed, stamps_of(world.training_images), recipe.dense_path,
            recipe.short_side, recipe.crop, recipe.scale, recipe.distort)
-    for other in world.cache.glob("features-*.pt"):       # of another seed or recipe: they are large
+    for other in () if world.shared_cache else world.cache.glob("features-*.pt"):       # of another seed or recipe: they are large
         if other.name != f"features-{runs.seed_of(key):016x}.pt":
             other.unlink()
     return runs.cached(world.cache, "features", key, make,

@@ -2,11 +2,11 @@
 
     python reproduce.py                              all of it in Toyland, a night on two cores; --seeds 3 --epochs 4: HOURS
     python reproduce.py table2 figure1 --data voc    these alone, for a real dataset, on a GPU
-    python reproduce.py table2 --data ade --plan     the commands and the paper's numbers; runs nothing
+    python reproduce.py table2 --data ade --plan     the commands and the paper's numbers; trains nothing
 
 Everything is made by the scripts of this project, each run in a folder of its own. What is finished is taken as it is, so
-that a reproduction can be stopped (Ctrl-C) and continued by the same command. Writes runs/reproduce/<data>/: results.md,
-results.json and the figures. What the paper says stands in paper.py.
+that a reproduction can be stopped (Ctrl-C) and continued by the same command. Writes runs/reproduce/<data>/: results.md and
+results.json, of what was asked for last, and the figures. What the paper says stands in paper.py.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -41,7 +42,7 @@ def flags() -> argparse.ArgumentParser:
                        help="of every training, to be done sooner (default: the recipes')")
     extra.add_argument("--jobs", type=runs.positive, metavar="N", default=argparse.SUPPRESS,
                        help="trainings at a time, which share the cores (default: one beside a GPU, else one a core, at most 8)")
-    extra.add_argument("--plan", action="store_true", help="run nothing: list the commands, and show what is there")
+    extra.add_argument("--plan", action="store_true", help="train and measure nothing: list the commands, and show what is there (CLIP is opened)")
     return parser
 
 
@@ -115,6 +116,51 @@ def cells_of(wanted: list[str], claims: list[Claim]) -> list[Cell]:
     return list(dict.fromkeys([*of_tables, *of_figures, *of_claims]))
 
 
+# ------------------------------------------------------------------------------------------ processes
+
+
+class Children:
+    """Processes that are asked to stop, once, when this one is stopped: so each saves before it ends.
+
+    They run in sessions of their own: the terminal's Ctrl-C would reach them beside ours, and the second one does not wait.
+    `kill` and a closed terminal stop like Ctrl-C, the latter not under nohup.
+    """
+
+    def __init__(self):
+        self.running: list[subprocess.Popen] = []
+        self.stopping, self.lock = False, threading.Lock()
+
+    def run(self, command: list[str], output, environment: dict) -> int:
+        """Run a command to its end and return its exit code; for several threads at a time."""
+        with self.lock:                         # no process starts between the last signal and the end
+            if self.stopping:
+                return 130
+            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+            self.running.append(process)
+        code = process.wait()
+        with self.lock:
+            self.running.remove(process)
+        return code
+
+    def __enter__(self) -> Children:
+        signals = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        self.old = {one: signal.signal(one, signal.default_int_handler) for one in signals
+                    if signal.getsignal(one) is not signal.SIG_IGN}
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        for one, handler in self.old.items():
+            signal.signal(one, handler)
+        if kind is None:
+            return
+        with self.lock:
+            self.stopping = True
+            for process in self.running:
+                process.send_signal(signal.SIGINT)
+        with contextlib.suppress(OSError):      # nobody may read it any more
+            print("Stopping: waiting for what still runs to save.", flush=True)
+
+
 # ------------------------------------------------------------------------------------------ one reproduction
 
 
@@ -124,7 +170,7 @@ class Reproduction:
     def __init__(self, args: argparse.Namespace):
         self.data = getattr(args, "data", "toyland")
         if runs.is_folder(self.data):
-            raise ValueError(f"--data {self.data}: expected toyland or voc, whose labels are known, or another of "
+            raise ValueError(f"--data {self.data}: expected toyland or another whose labels are known, "
                              f"{', '.join(DATASETS)}; found a folder. For one of your own run rectify.py, distill.py and "
                              "evaluate.py --labels DIR.")
         self.args, self.root = args, Path(args.out) / "reproduce" / self.data
@@ -138,7 +184,8 @@ class Reproduction:
         self.world = open_world(self.common)
         recipe = {name: rectify.resolved(self.world, self.parsed(Job(name, "rectify", 0)))
                   for name, system in SYSTEMS.items() if system.rectify is not None}
-        self.recipe = recipe["reclip++"]
+        self.recipe, world = recipe["reclip++"], self.world
+        self.labels = len(ground_truth.true_label_files(world.name, world.root, list(world.validation_images)))
         self.same = {name: "reclip++" for name in recipe if name != "reclip++" and recipe[name] == recipe["reclip++"]}
 
     def measured_as(self, cell: Cell) -> Cell:
@@ -238,12 +285,13 @@ class Reproduction:
         return found
 
     def fits(self, metrics, checkpoint: Path) -> bool:
-        """Whether metrics are of this checkpoint, in this precision and without refinements."""
+        """Whether metrics are of this checkpoint, CLIP, classes and as many labels, in this precision, without refinements."""
+        world = self.world
         try:
             made = metrics["fingerprint"]
-            weights = sha256(checkpoint)[:16] if checkpoint.exists() else None
-            return made["weights"] == weights and made["precision"] == self.world.precision \
-                and not any(made.get("refinements", {}).values())
+            expected = {"weights": sha256(checkpoint)[:16] if checkpoint.exists() else None, "precision": world.precision,
+                        "clip": world.fingerprint, "classes": world.vocabulary.names, "images": self.labels}
+            return all(made[name] == value for name, value in expected.items()) and not any(made.get("refinements", {}).values())
         except (TypeError, KeyError, AttributeError):
             return False
 
@@ -266,66 +314,90 @@ class Reproduction:
                 missing.append(job)
         return missing
 
-    def run(self, jobs: list[Job]) -> None:
-        """Run all jobs. Raises ValueError when one fails, KeyboardInterrupt when stopped."""
+    def run(self, jobs: list[Job]) -> list[str]:
+        """Run all jobs; returns what those that failed said. Whatever needs one of these is left out, all else is run."""
         world = self.world                      # before hours of training: is there anything to measure against?
         ground_truth.refuse_other_classes(world.name, world.vocabulary.names)
-        if not ground_truth.true_label_files(world.name, world.root, list(world.validation_images)):
+        if not self.labels:
             raise ValueError(f"--data {self.data}: expected labels of its validation images to measure against, found none. "
                              f"python check.py --data {self.data} says what is missing.")
         at_once = getattr(self.args, "jobs", 1 if self.world.device.type != "cpu" else min(8, os.cpu_count() or 1))
         print(f"{len(jobs)} commands to run, {at_once} at a time; what they print goes to {self.root}/*/*/*.log")
-        started = time.monotonic()
-        for number, (job, seconds) in enumerate(self.in_processes(jobs, at_once) if at_once > 1 else self.in_turn(jobs), 1):
-            said = f": {self.result(job)['miou']:.1f}" if job.script in SCRIPTS else ""
-            print(f"{clock(time.monotonic() - started):>7}  {number}/{len(jobs)}  {job} ({clock(seconds)}){said}", flush=True)
+        started, failed = time.monotonic(), {}
+        for job, outcome in self.in_processes(jobs, at_once) if at_once > 1 else self.in_turn(jobs):
+            before = f"{clock(time.monotonic() - started):>7}  {job}"
+            if isinstance(outcome, ValueError):
+                failed[job] = str(outcome)
+                print(f"{before}: failed", flush=True)
+            else:
+                said = f": {self.result(job)['miou']:.1f}" if job.script in SCRIPTS else ""
+                print(f"{before} ({clock(outcome)}){said}", flush=True)
+        return list(failed.values())
 
-    def in_turn(self, jobs: list[Job]) -> Iterator[tuple[Job, float]]:
-        """Run one after the other in this very process: yields each with its seconds."""
-        for job in jobs:
-            started = time.monotonic()
-            script = scores if job.script in ("scores", "probe") else {**SCRIPTS, "evaluate": evaluate}[job.script]
-            try:
-                with open(self.prepare(job), "w", encoding="utf-8") as log, contextlib.redirect_stdout(log):
-                    script.main(script.flags().parse_args(self.arguments(job)))
-            except ValueError as error:
-                raise ValueError(f"{job}: {error} The command was: python {shlex.join(self.command(job))}") from error
-            except KeyboardInterrupt:           # the script's own words name a flag that is not ours
-                raise KeyboardInterrupt(f"The same command goes on with {job}.") from None
-            self.refuse_unfinished(job)
-            yield job, time.monotonic() - started
+    def in_turn(self, jobs: list[Job]) -> Iterator[tuple[Job, float | ValueError]]:
+        """Run one after the other in this very process: yields each with its seconds, or what went wrong."""
+        failed: list[Job] = []
+        old = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))      # `kill` stops like Ctrl-C
+        try:
+            for job in jobs:
+                if waits_for(job, failed):
+                    failed.append(job)          # and what needs this one is left out too
+                    continue
+                started = time.monotonic()
+                try:
+                    self.in_this_process(job)
+                    yield job, time.monotonic() - started
+                except ValueError as error:
+                    failed.append(job)
+                    yield job, error
+        finally:
+            signal.signal(signal.SIGTERM, old)
 
-    def in_processes(self, jobs: list[Job], at_once: int) -> Iterator[tuple[Job, float]]:
-        """Run several at a time, each as soon as what it needs is there: yields each with its seconds when it has ended."""
+    def in_this_process(self, job: Job) -> None:
+        script = scores if job.script in ("scores", "probe") else {**SCRIPTS, "evaluate": evaluate}[job.script]
+        try:
+            with open(self.prepare(job), "w", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+                script.main(script.flags().parse_args(self.arguments(job)))
+        except ValueError as error:
+            raise ValueError(f"{job}: {error} The command was: python {shlex.join(self.command(job))}") from error
+        except KeyboardInterrupt:               # the script's own words name a flag that is not ours
+            raise KeyboardInterrupt(f"The same command goes on with {job}.") from None
+        self.refuse_unfinished(job)
+
+    def in_processes(self, jobs: list[Job], at_once: int) -> Iterator[tuple[Job, float | ValueError]]:
+        """Run several at a time, each as soon as what it needs is there: yields each with its seconds, or what went wrong."""
         threads = str(max(1, (os.cpu_count() or 1) // at_once))
         environment = {"OMP_NUM_THREADS": threads, **os.environ, "TQDM_DISABLE": "1"}
-        waiting, running = list(jobs), {}
-        with ThreadPoolExecutor(at_once) as pool, stopped_politely() as processes:      # first asked to stop, then waited for
+        waiting, running, failed = list(jobs), {}, []
+        with ThreadPoolExecutor(at_once) as pool, Children() as children:       # first asked to stop, then waited for
             while waiting or running:
+                for job in [job for job in waiting if waits_for(job, failed)]:
+                    waiting.remove(job)
+                    failed.append(job)
                 unfinished = [*waiting, *running.values()]
                 for job in [job for job in waiting if not waits_for(job, unfinished)][:at_once - len(running)]:
                     waiting.remove(job)
-                    running[pool.submit(self.process, job, environment, processes)] = job
+                    running[pool.submit(self.in_a_process, job, environment, children)] = job
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    job, seconds = running.pop(future), future.result()
-                    self.refuse_unfinished(job)
-                    yield job, seconds
+                    job = running.pop(future)
+                    try:
+                        yield job, future.result()
+                    except ValueError as error:
+                        failed.append(job)
+                        yield job, error
 
-    def process(self, job: Job, environment: dict, processes: list[subprocess.Popen]) -> float:
+    def in_a_process(self, job: Job, environment: dict, children: Children) -> float:
         """Run one command to its end and return its seconds. Raises ValueError with its last words when it fails."""
         script, *arguments = self.command(job)
         log, started = self.prepare(job), time.monotonic()
         with open(log, "wb") as file:
-            process = subprocess.Popen([sys.executable, str(Path(__file__).parent / script), *arguments], stdout=file,
-                                       stderr=subprocess.STDOUT, env=environment, start_new_session=True)
-            processes.append(process)
-            code = process.wait()
-            processes.remove(process)
+            code = children.run([sys.executable, str(Path(__file__).parent / script), *arguments], file, environment)
         if code:
             text = log.read_text(errors="replace").strip()
             raise ValueError(f"{job}: expected the command to succeed, found exit code {code}: "
                              f"{' '.join(text[text.rfind('error: ') if 'error: ' in text else -500:].split())} All it said is in "
                              f"{log}. The command was: python {shlex.join([script, *arguments])}")
+        self.refuse_unfinished(job)
         return time.monotonic() - started
 
     def prepare(self, job: Job) -> Path:
@@ -350,26 +422,6 @@ def take_over(source: Path, target: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(source, part)
     os.replace(part, target)
-
-
-@contextlib.contextmanager
-def stopped_politely() -> Iterator[list[subprocess.Popen]]:
-    """Processes that are asked to stop, once, when this one is stopped or one of them fails: so each saves before it ends.
-
-    They run in sessions of their own: the terminal's Ctrl-C would reach them beside ours, and the second one does not wait.
-    """
-    processes: list[subprocess.Popen] = []
-    old = signal.signal(signal.SIGTERM, signal.default_int_handler)             # `kill` stops like Ctrl-C
-    try:
-        yield processes
-    except BaseException:
-        for process in list(processes):
-            process.send_signal(signal.SIGINT)
-        with contextlib.suppress(OSError):      # nobody may read it any more
-            print("Stopping: waiting for what still runs to save.", flush=True)
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, old)
 
 
 def read_json(path: Path) -> dict:
@@ -421,9 +473,15 @@ def differences(claim: Claim, values: dict[Cell, list[float]]) -> list[float]:
     return [high - max(low) for high, *low in zip(better, *worse)]
 
 
-def verdict(difference: list[float]) -> str:
-    """held: the mean difference is above zero and above its own spread over seeds (one seed: above zero)."""
-    mean, spread = np.mean(difference), np.std(difference, ddof=1) if len(difference) > 1 else 0.0
+def digits_of(claim: Claim) -> int:
+    return TABLES[claim.source].digits if claim.source in TABLES else 2
+
+
+def verdict(difference: list[float], digits: int = 1) -> str:
+    """held: the mean difference, with as many digits as are shown, is above zero and above its own spread over seeds."""
+    mean, spread = round(np.mean(difference), digits), np.std(difference, ddof=1) if len(difference) > 1 else 0.0
+    if mean == 0:
+        return "not held: no difference"
     if mean > spread:
         return "held"
     return "not held: reversed" if mean < -spread else "not held: within the spread"
@@ -435,25 +493,25 @@ def in_paper(claim: Claim, data: str) -> str:
     for name in ("voc", "context") if data == "toyland" else (data.removesuffix("-voc-first"),):
         cells = [rows.get(cell, {}).get(name) for cell in (claim.better, *claim.worse)]
         if None not in cells:
-            digits = TABLES[claim.source].digits
+            digits = digits_of(claim)
             return f"{cells[0] - max(cells[1:]):+.{digits}f} ({NAMES[name]})".replace("-", "−")
     return ""
 
 
 def claim_lines(claims: list[Claim], values: dict[Cell, list[float]], data: str) -> list[str]:
     lines = ["### Claims", "",
-             "The difference that a claim says is above zero, for each seed. Held: its mean is above zero and above its spread "
-             "(standard deviation over seeds). Left out are claims that the paper's own numbers deny on this dataset, and the "
+             "The difference that a claim says is above zero, for each seed. Held: its mean, as it is shown, is above zero and above "
+             "its spread (standard deviation over seeds). Left out are claims that the paper's own numbers deny on this dataset, and the "
              "shape of a sweep that ends at the recipe's own value.", "",
              f"| | claim | paper | {data}: mean ± spread | each seed | |", "|---|---|---|---|---|---|"]
     for claim in claims:
         difference = differences(claim, values)
-        digits = TABLES[claim.source].digits if claim.source in TABLES else 2
+        digits = digits_of(claim)
         each = " ".join(f"{value:+.{digits}f}".replace("-", "−") for value in difference)
         lines.append("| " + " | ".join([claim.source, claim.text, in_paper(claim, data),
                                         mean_and_spread(difference, digits) if difference else "", each,
-                                        verdict(difference) if difference else "not run"]) + " |")
-    held = [verdict(difference) == "held" for claim in claims if (difference := differences(claim, values))]
+                                        verdict(difference, digits) if difference else "not run"]) + " |")
+    held = [verdict(difference, digits_of(claim)) == "held" for claim in claims if (difference := differences(claim, values))]
     return [*lines, "", f"{sum(held)} of {len(held)} held." if held else "Nothing has been run.", ""]
 
 
@@ -474,6 +532,7 @@ def points_of_figure_3(values: dict[Cell, list[float]], recipe: rectify.Recipe) 
 
 def draw(reproduction: Reproduction, wanted: list[str], values: dict[Cell, list[float]]) -> list[str]:
     """Draw the wanted figures, of seed 0 but figure 3, and return their file names below the reproduction's folder."""
+    wanted = [name for name in wanted if all(cell in values for cell in FIGURES[name])]
     paths = []
     if only := [int(name[-1]) for name in ("figure1", "figure4") if name in wanted]:
         known = vars(reproduction.common) | {"out": str(reproduction.out(Job("reclip++", "rectify", 0))), "only": only,
@@ -520,8 +579,7 @@ def main(args: argparse.Namespace) -> dict[Cell, list[float]]:
     if args.plan:
         for job in jobs:
             print(*reproduction.commands(job), sep="\n")
-    elif jobs:
-        reproduction.run(jobs)
+    failed = reproduction.run(jobs) if jobs and not args.plan else []
     values = {}
     for cell in cells:
         found = [reproduction.value(cell, seed) for seed in range(args.seeds)]
@@ -536,17 +594,21 @@ def main(args: argparse.Namespace) -> dict[Cell, list[float]]:
             lines += table_lines(TABLES[name], values, reproduction.data)
     lines += claim_lines(claims, values, reproduction.data)
     text = "\n".join(lines)
-    print(f"\n{text}")
     if not args.plan:
-        for name in drawn:
-            text += f"\n![{name.removesuffix('.png').replace('_', ': ')}]({name})\n"
-        runs.write_atomically(reproduction.root / "results.md", lambda file: file.write(text.encode()))
+        pictures = "".join(f"\n![{name.removesuffix('.png').replace('_', ': ')}]({name})\n" for name in drawn)
+        runs.write_atomically(reproduction.root / "results.md", lambda file: file.write((text + pictures).encode()))
         runs.write_json(reproduction.root / "results.json", {
             "versions": runs.versions(), "seeds": args.seeds, "epochs": getattr(args, "epochs", None),
             "precision": args.precision, "values": {"/".join(cell): found for cell, found in values.items()},
-            "claims": [{"source": claim.source, "claim": claim.text, "differences": difference, "verdict": verdict(difference)}
+            "claims": [{"source": claim.source, "claim": claim.text, "differences": difference,
+                        "verdict": verdict(difference, digits_of(claim))}
                        for claim in claims if (difference := differences(claim, values))]})
+    print(f"\n{text}")
+    if not args.plan:
         print(f"Wrote {reproduction.root}/: results.md, results.json{''.join(f', {name}' for name in drawn)}")
+    if failed:
+        raise ValueError(f"expected {len(jobs)} commands to succeed, found {len(failed)} that failed; all that needs none of "
+                         f"them is done, and the same command tries them again. The first was {failed[0]}")
     return values
 
 

@@ -26,6 +26,7 @@ import signal
 import sys
 import tempfile
 import time
+import weakref
 from pathlib import Path
 
 from public_datasets import DATASETS
@@ -108,8 +109,8 @@ def share(text: str) -> float:
 
 
 def ratio(text: str) -> float:
-    if not 0.02 <= (value := share(text)) <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 0.02 to 1, found {text or 'nothing'}")
+    if not 0.05 <= (value := share(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0.05 to 1, found {text or 'nothing'}")
     return value
 
 
@@ -226,8 +227,11 @@ def write_json(path: Path, content) -> None:
     write_atomically(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
 
 
-def save(path: Path, content: dict) -> None:
-    """A dict of tensors, numbers and strings → a file that `torch.load(weights_only=True)` reads."""
+def save(path: Path, content: dict, shared: bool = False) -> None:
+    """A dict of tensors, numbers and strings → a file that `torch.load(weights_only=True)` reads.
+
+    shared: other processes may be writing the same file, so that what looks like a leftover may be theirs.
+    """
     import torch
 
     def write(file) -> None:
@@ -236,14 +240,16 @@ def save(path: Path, content: dict) -> None:
         except RuntimeError as error:       # behind a full disk torch's zip writer raises an error of its own
             raise error.__context__ if isinstance(error.__context__, OSError) else error
 
-    remove_leftovers(path.parent, path.name)
+    remove_leftovers(path.parent, path.name, hours=24 if shared else 0)
     write_atomically(path, write)
 
 
-def remove_leftovers(folder: Path, of: str = "") -> None:
-    """Delete what runs that were killed while they wrote left behind, of all files in a folder or of one."""
+def remove_leftovers(folder: Path, of: str = "", hours: float = 0) -> None:
+    """Delete what runs that were killed while they wrote left behind, of all files in a folder or of one, if it is so old."""
     for leftover in folder.glob(f"{of}*.part"):
-        leftover.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - leftover.stat().st_mtime >= 3600 * hours:
+                leftover.unlink()
 
 
 def read(path: Path):
@@ -308,6 +314,27 @@ def seed_of(*parts) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
+def hold(owner, folder: Path) -> weakref.finalize:
+    """Keep other processes from training in `folder` until what is returned is called, `owner` is gone or this process ends.
+
+    Raises ValueError when one trains there: two would write over each other's states. Not on Windows, which has no such lock.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return weakref.finalize(owner, int)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ValueError(f"{folder}: expected no other process that trains there, found one. Wait until it has ended, stop it, or "
+                         "use another --out.") from None
+    except OSError:                             # a file system without locks
+        pass
+    return weakref.finalize(owner, os.close, handle)
+
+
 class Training:
     """The frame around a training loop: header, progress bar, `log.jsonl`, saving, stopping, resuming.
 
@@ -332,6 +359,7 @@ class Training:
         refuse_folders(self.unfinished, "resume.pt", "recipe.json", "log.jsonl")
         self.first_step = self.load() if resume else 0
         self.unfinished.mkdir(parents=True, exist_ok=True)
+        hold(self, folder)()                    # refused before anything is written; held while it trains
         if not resume and not self.is_begun() and (self.unfinished / "resume.pt").exists():
             print(f"An unfinished run with other settings is given up: {self.unfinished}")
             (self.unfinished / "resume.pt").unlink()
@@ -397,6 +425,7 @@ class Training:
 
     def __enter__(self):
         from tqdm import tqdm
+        self.release = hold(self, self.folder)
         self.bar = tqdm(total=self.steps, initial=self.first_step, unit="step", desc=self.stage)
         self.started = time.monotonic()
         self.old_handler = signal.signal(signal.SIGINT, self.ask_to_stop)
@@ -405,6 +434,7 @@ class Training:
     def __exit__(self, *_):
         signal.signal(signal.SIGINT, self.old_handler)
         self.bar.close()
+        self.release()
 
     def ask_to_stop(self, *_):
         if self.stop_asked:                     # a second Ctrl-C does not wait for the step to end
@@ -474,7 +504,7 @@ def cached(folder: Path, name: str, key, make, fits=lambda content: True):
             reason = type(error).__name__
         print(f"{path} is damaged ({reason}): making it again.")
     content = make()
-    save(path, content)
+    save(path, content, shared=True)
     return content
 
 

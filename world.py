@@ -163,6 +163,9 @@ def recipe_for(world: World, args: argparse.Namespace, recipes: dict):
         recipe = replace(recipe, batch_size=args.batch_size, learning_rate=recipe.learning_rate * larger)
     for name in ("vote_threshold", "window_ratio"):
         if hasattr(args, name):
+            if recipe.ablation != "none" and "cached_hypotheses" in ablations.IN_PLACE_OF[recipe.ablation]:
+                raise ValueError(f"--{name.replace('_', '-')}: expected hypotheses from windows, found --ablation "
+                                 f"{recipe.ablation}, which looks at whole images. Leave one of the two out.")
             recipe = replace(recipe, **{name: getattr(args, name)})
     if hasattr(args, "cache_features"):
         recipe = replace(recipe, augment_once=True)

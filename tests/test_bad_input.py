@@ -240,6 +240,8 @@ NUMBERS_OUT_OF_RANGE = {
     **{f"rectify {flag} {text or 'empty'}": (rectify, [*VOC, flag, text], flag)
        for flag, texts in (("--vote-threshold", ("-0.1", "1.1", "nan", "")), ("--window-ratio", ("0", "0.001", "2", "nan", "r")))
        for text in texts},
+    "rectify --vote-threshold of whole images": (rectify, [*VOC, "--vote-threshold", "0.1", "--ablation", "reclip"],
+                                                 "--vote-threshold: expected hypotheses from windows"),
     "rectify --download of photos": (rectify, [*PHOTOS, "--download"], "--download"),
     "reproduce of photos": (reproduce, PHOTOS, "--data photos")}
 

@@ -214,6 +214,32 @@ def test_seed_is_the_same_for_ever_and_another_for_every_purpose():
     torch.Generator().manual_seed(max(seeds))
 
 
+def test_two_processes_do_not_train_in_one_folder(tmp_path):
+    """The second is refused as long as the first lives, however that ends."""
+    holding = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import runs; release = runs.hold(runs.seed_of, {str(tmp_path)!r}); " \
+              "print('held', flush=True); time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", holding], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(ValueError, match="expected no other process that trains there"):
+        runs.hold(other, tmp_path)
+    other.kill()
+    other.wait()
+    for _ in range(2):
+        runs.hold(other, tmp_path)()
+
+
+def test_file_that_another_process_writes_is_no_leftover(tmp_path):
+    """Two that make the same cache at the same time: both end well, and one that was killed a day ago is cleared away."""
+    young, old = tmp_path / "x.pt1.part", tmp_path / "x.pt2.part"
+    for part in (young, old):
+        part.write_bytes(b"half")
+    os.utime(old, times=(time.time() - 90_000,) * 2)
+    runs.save(tmp_path / "x.pt", {"a": torch.ones(1)}, shared=True)
+    assert young.exists() and not old.exists()
+    runs.save(tmp_path / "x.pt", {"a": torch.ones(1)})
+    assert not young.exists()
+
+
 # ------------------------------------------------------------------------------------------ the cache
 
 def test_what_is_cached_is_made_once_per_key(tmp_path):
