@@ -42,7 +42,8 @@ def flags() -> argparse.ArgumentParser:
                        help="of every training, to be done sooner (default: the recipes')")
     extra.add_argument("--jobs", type=runs.positive, metavar="N", default=argparse.SUPPRESS,
                        help="trainings at a time, which share the cores (default: one beside a GPU, else one a core, at most 8)")
-    extra.add_argument("--plan", action="store_true", help="train and measure nothing: list the commands, and show what is there (CLIP is opened)")
+    extra.add_argument("--plan", action="store_true",
+                       help="train and measure nothing: list the commands, and show what is there (CLIP is opened)")
     return parser
 
 
@@ -135,7 +136,8 @@ class Children:
         with self.lock:                         # no process starts between the last signal and the end
             if self.stopping:
                 return 130
-            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment,
+                                       start_new_session=True)
             self.running.append(process)
         code = process.wait()
         with self.lock:
@@ -291,7 +293,8 @@ class Reproduction:
             made = metrics["fingerprint"]
             expected = {"weights": sha256(checkpoint)[:16] if checkpoint.exists() else None, "precision": world.precision,
                         "clip": world.fingerprint, "classes": world.vocabulary.names, "images": self.labels}
-            return all(made[name] == value for name, value in expected.items()) and not any(made.get("refinements", {}).values())
+            refined = any(made.get("refinements", {}).values())
+            return not refined and all(made[name] == value for name, value in expected.items())
         except (TypeError, KeyError, AttributeError):
             return False
 
@@ -394,9 +397,9 @@ class Reproduction:
             code = children.run([sys.executable, str(Path(__file__).parent / script), *arguments], file, environment)
         if code:
             text = log.read_text(errors="replace").strip()
-            raise ValueError(f"{job}: expected the command to succeed, found exit code {code}: "
-                             f"{' '.join(text[text.rfind('error: ') if 'error: ' in text else -500:].split())} All it said is in "
-                             f"{log}. The command was: python {shlex.join([script, *arguments])}")
+            last_words = " ".join(text[text.rfind("error: ") if "error: " in text else -500:].split())
+            raise ValueError(f"{job}: expected the command to succeed, found exit code {code}: {last_words} All it said is in {log}. "
+                             f"The command was: python {shlex.join([script, *arguments])}")
         self.refuse_unfinished(job)
         return time.monotonic() - started
 
@@ -500,9 +503,9 @@ def in_paper(claim: Claim, data: str) -> str:
 
 def claim_lines(claims: list[Claim], values: dict[Cell, list[float]], data: str) -> list[str]:
     lines = ["### Claims", "",
-             "The difference that a claim says is above zero, for each seed. Held: its mean, as it is shown, is above zero and above "
-             "its spread (standard deviation over seeds). Left out are claims that the paper's own numbers deny on this dataset, and the "
-             "shape of a sweep that ends at the recipe's own value.", "",
+             "The difference that a claim says is above zero, for each seed. Held: its mean, as it is shown, is above zero and "
+             "above its spread (standard deviation over seeds). Left out are claims that the paper's own numbers deny on this "
+             "dataset, and the shape of a sweep that ends at the recipe's own value.", "",
              f"| | claim | paper | {data}: mean ± spread | each seed | |", "|---|---|---|---|---|---|"]
     for claim in claims:
         difference = differences(claim, values)
