@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 
 import distill
+import evaluate
 import paper
 import rectify
 import reproduce
 import runs
 from clip.download import sha256
+from conftest import ROOT
 from helpers import refusal, run, write_voc_tree
 from paper import CLAIMS, FIGURES, SYSTEMS, TABLES, Claim, Row, Table
 from reproduce import Job
@@ -394,6 +396,21 @@ def test_stopping_asks_every_process_once_and_waits_for_it(how, tmp_path):
     parent.send_signal(getattr(signal, how))
     said, _ = parent.communicate(timeout=30)
     assert "child: [7] 130" in said and parent.returncode != 0          # nothing is started any more
+
+
+@pytest.mark.slow
+def test_what_the_bias_says_is_told_of_every_run(trained_voc):
+    """results/bias.py: with the bias left out of a run without a decoder, MaskCLIP is left."""
+    run(rectify, "--data", "voc", "--clip", rectify.find_checkpoint(
+        rectify.flags().parse_args([]), "rectify")["settings"]["world"]["clip_name"], "--ablation", "without-decoder", "--out", "no decoder")
+    expected = run(evaluate, "--out", "no decoder")
+    said = subprocess.run([sys.executable, str(ROOT / "results/bias.py"), "runs", "no decoder"], capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
+    _, ours, without = said.stdout.strip().splitlines()
+    assert float(without.split()[-2]) == pytest.approx(expected["rectify"]["miou"], abs=0.051)
+    assert float(without.split()[-1]) == pytest.approx(expected["maskclip"]["miou"], abs=0.051)
+    assert -1 <= float(ours.split()[1]) <= 1 and len(ours.split()) == 7
+    assert subprocess.run([sys.executable, str(ROOT / "results/bias.py"), "nowhere"], capture_output=True).returncode == 2
 
 
 # ------------------------------------------------------------------------------------------ the page of the real datasets
