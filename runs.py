@@ -314,25 +314,30 @@ def seed_of(*parts) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
-def hold(owner, folder: Path) -> weakref.finalize:
+def hold(owner, folder: Path, patience: float = 10) -> weakref.finalize:
     """Keep other processes from training in `folder` until what is returned is called, `owner` is gone or this process ends.
 
     Raises ValueError when one trains there: two would write over each other's states. Not on Windows, which has no such lock.
+    patience: seconds, for the workers of a run that has just been killed, which notice it a moment later.
     """
     try:
         import fcntl
     except ImportError:
         return weakref.finalize(owner, int)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise ValueError(f"{folder}: expected no other process that trains there, found one. Wait until it has ended, stop it, or "
-                         "use another --out.") from None
-    except OSError:                             # a file system without locks
-        pass
-    return weakref.finalize(owner, os.close, handle)
+    handle, started = os.open(folder, os.O_RDONLY), time.monotonic()
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() - started < patience:
+                time.sleep(0.2)
+                continue
+            os.close(handle)
+            raise ValueError(f"{folder}: expected no other process that trains there, found one. Wait until it has ended, stop "
+                             "it, or use another --out.") from None
+        except OSError:                         # a file system without locks
+            pass
+        return weakref.finalize(owner, os.close, handle)
 
 
 class Training:

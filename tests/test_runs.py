@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -221,9 +222,11 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path):
     other = subprocess.Popen([sys.executable, "-c", holding], stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "held\n"
     with pytest.raises(ValueError, match="expected no other process that trains there"):
-        runs.hold(other, tmp_path)
-    other.kill()
-    other.wait()
+        runs.hold(other, tmp_path, patience=0.5)
+    started = time.monotonic()
+    threading.Timer(0.5, other.kill).start()            # as the workers of a killed run, it is gone a moment later
+    runs.hold(other, tmp_path)()
+    assert 0.3 < time.monotonic() - started < 8 and other.wait()
     for _ in range(2):
         runs.hold(other, tmp_path)()
 
