@@ -148,6 +148,8 @@ class Children:
         signals = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
         self.old = {one: signal.signal(one, signal.default_int_handler) for one in signals
                     if signal.getsignal(one) is not signal.SIG_IGN}
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:   # begun with `&` in a script; the processes would inherit it
+            self.old[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: None)
         return self
 
     def __exit__(self, kind, *_) -> None:

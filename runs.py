@@ -203,7 +203,7 @@ def write_atomically(path: Path, write, flush: bool = True) -> None:
     Whenever a run is killed there is either the old file or the new one, whole.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name[:50], suffix=".part")     # a name may be long already
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name[:50], suffix=f".{os.getpid()}.part")     # it may be long
     try:
         with os.fdopen(handle, "wb") as file:
             write(file)
@@ -240,16 +240,31 @@ def save(path: Path, content: dict, shared: bool = False) -> None:
         except RuntimeError as error:       # behind a full disk torch's zip writer raises an error of its own
             raise error.__context__ if isinstance(error.__context__, OSError) else error
 
-    remove_leftovers(path.parent, path.name, hours=24 if shared else 0)
+    remove_leftovers(path.parent, path.name, spare_living=shared)
     write_atomically(path, write)
 
 
-def remove_leftovers(folder: Path, of: str = "", hours: float = 0) -> None:
-    """Delete what runs that were killed while they wrote left behind, of all files in a folder or of one, if it is so old."""
+def remove_leftovers(folder: Path, of: str = "", spare_living: bool = False) -> None:
+    """Delete what runs that were killed while they wrote left behind, of all files in a folder or of one.
+
+    spare_living: not what belongs to a process that still lives, which may be writing it.
+    """
     for leftover in folder.glob(f"{of}*.part"):
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - leftover.stat().st_mtime >= 3600 * hours:
-                leftover.unlink()
+        if not (spare_living and is_alive(leftover.name.split(".")[-2])):
+            leftover.unlink(missing_ok=True)
+
+
+def is_alive(process: str) -> bool:
+    """Whether a process has this number; on Windows, where asking would end it, always."""
+    if not process.isdecimal() or os.name != "posix":
+        return os.name != "posix"
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:                     # somebody else's
+        pass
+    return True
 
 
 def read(path: Path):

@@ -361,7 +361,9 @@ def test_command_that_fails_is_told_with_its_last_words(voc, capsys):
 
 
 WAITING = """
-import os, sys, threading, time, reproduce
+import os, signal, sys, threading, time, reproduce
+signal.signal(signal.SIGINT, signal.default_int_handler)        # whatever the tests were started with
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 ended = []
 def run():
     ended.append(children.run([sys.executable, "-c", {child!r}], None, os.environ))

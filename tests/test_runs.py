@@ -232,15 +232,16 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path):
 
 
 def test_file_that_another_process_writes_is_no_leftover(tmp_path):
-    """Two that make the same cache at the same time: both end well, and one that was killed a day ago is cleared away."""
-    young, old = tmp_path / "x.pt1.part", tmp_path / "x.pt2.part"
-    for part in (young, old):
+    """Two that make the same cache at the same time: both end well, and what one left that was killed is cleared away."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    living, left = (tmp_path / f"x.ptabc.{number}.part" for number in (os.getppid(), dead.pid))
+    for part in (living, left):
         part.write_bytes(b"half")
-    os.utime(old, times=(time.time() - 90_000,) * 2)
     runs.save(tmp_path / "x.pt", {"a": torch.ones(1)}, shared=True)
-    assert young.exists() and not old.exists()
+    assert living.exists() and not left.exists()
     runs.save(tmp_path / "x.pt", {"a": torch.ones(1)})
-    assert not young.exists()
+    assert not living.exists()
 
 
 # ------------------------------------------------------------------------------------------ the cache
