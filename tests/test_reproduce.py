@@ -167,6 +167,7 @@ def test_table_shows_paper_and_ours_side_by_side():
 
 # ------------------------------------------------------------------------------------------ from nothing, and again
 
+@pytest.mark.slow
 def test_tables_and_claims_from_nothing_and_nothing_twice(voc, capsys):
     """Numbers are those of the stages' own files; the second call trains nothing; a lost checkpoint is made again alone."""
     values = run(reproduce, "table5", "table9", *voc, "--seeds", "2")
@@ -190,6 +191,7 @@ def test_tables_and_claims_from_nothing_and_nothing_twice(voc, capsys):
     assert {path for path, time in checkpoints().items() if before[path] != time} == {str(lost)}
 
 
+@pytest.mark.slow
 def test_point_of_a_sweep_that_is_the_recipe_has_no_run_of_its_own(voc, monkeypatch, capsys):
     monkeypatch.setattr(paper, "THRESHOLDS", ())
     values = run(reproduce, "figure3", *voc, "--seeds", "1")
@@ -291,6 +293,7 @@ def test_training_that_fails_or_stops_is_told_with_its_name(voc, capsys, monkeyp
         run(reproduce, "table5", *voc)
 
 
+@pytest.mark.slow
 def test_failure_stops_nothing_but_what_needs_it(voc, monkeypatch, capsys):
     """The rest is run and written; the failure is told at the end; the same command tries it again, and nothing else."""
     step = rectify.train_step
@@ -388,6 +391,7 @@ except KeyboardInterrupt:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_stopping_asks_every_process_once_and_waits_for_it(how, tmp_path):
     import signal
