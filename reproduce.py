@@ -277,13 +277,11 @@ class Reproduction:
 
     def measured(self, job: Job) -> dict | None:
         """What evaluate.py or scores.py wrote, if it is of these very checkpoints."""
-        name = {"evaluate": "metrics.json"}.get(job.script, "scores.json")
-        found = read_json(self.folder(job) / name)
-        stages = ["maskclip", *(stage for stage in SCRIPTS
-                                if (runs.stage_folder(self.out(job), self.data, stage) / "checkpoint.pt").exists())]
-        for stage in stages:
-            checkpoint = runs.stage_folder(self.out(job), self.data, stage) / "checkpoint.pt"
-            of_stage = found.get(stage)
+        found = read_json(self.folder(job) / ("metrics.json" if job.script == "evaluate" else "scores.json"))
+        for stage in ("maskclip", *SCRIPTS):
+            checkpoint, of_stage = runs.stage_folder(self.out(job), self.data, stage) / "checkpoint.pt", found.get(stage)
+            if stage in SCRIPTS and not checkpoint.exists():
+                continue
             if not self.fits(of_stage, checkpoint) or job.script == "probe" and "probe" not in of_stage:
                 return None
         return found
@@ -509,15 +507,16 @@ def claim_lines(claims: list[Claim], values: dict[Cell, list[float]], data: str)
              "above its spread (standard deviation over seeds). Left out are claims that the paper's own numbers deny on this "
              "dataset, and the shape of a sweep that ends at the recipe's own value.", "",
              f"| | claim | paper | {data}: mean ± spread | each seed | |", "|---|---|---|---|---|---|"]
+    verdicts = []
     for claim in claims:
-        difference = differences(claim, values)
-        digits = digits_of(claim)
+        difference, digits = differences(claim, values), digits_of(claim)
+        if difference:
+            verdicts.append(verdict(difference, digits))
         each = " ".join(f"{value:+.{digits}f}".replace("-", "−") for value in difference)
         lines.append("| " + " | ".join([claim.source, claim.text, in_paper(claim, data),
                                         mean_and_spread(difference, digits) if difference else "", each,
-                                        verdict(difference, digits) if difference else "not run"]) + " |")
-    held = [verdict(difference, digits_of(claim)) == "held" for claim in claims if (difference := differences(claim, values))]
-    return [*lines, "", f"{sum(held)} of {len(held)} held." if held else "Nothing has been run.", ""]
+                                        verdicts[-1] if difference else "not run"]) + " |")
+    return [*lines, "", f"{verdicts.count('held')} of {len(verdicts)} held." if verdicts else "Nothing has been run.", ""]
 
 
 def points_of_figure_3(values: dict[Cell, list[float]], recipe: rectify.Recipe) -> dict:
