@@ -22,7 +22,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # bars would be timed with the steps
 
 import runs
 
-ROWS = ("rectify-voc", "rectify-ade", "evaluate-voc", "evaluate-ade", "windows", "query", "dense-224", "dense-512",
+ROWS = ("rectify-voc", "rectify-ade", "rectify-voc-batch", "rectify-ade-batch", "evaluate-voc", "evaluate-ade", "windows", "query", "dense-224", "dense-512",
         "distill", "loader")
 
 
@@ -96,6 +96,7 @@ class Sizes:
     dense: tuple[int, int]
     backbone: str
     distill_crop: int
+    batch: int                                              # images of a step in the rows named -batch
     product: int                                            # side of the square matrices that measure the machine
     voc_images: int = 1464                                  # of VOC 2012's train.txt
     ade_images: int = 20210
@@ -106,12 +107,12 @@ REAL = Sizes(
               context_length=77, vocab_size=49408, transformer_width=512, transformer_heads=8, transformer_layers=12),
     # VOC's pictures are mostly 500×375; ADE's mostly 683×512, which the recipe leaves as they are.
     voc=Case(20, 336, (336, 448), (375, 500)), ade=Case(150, 512, (512, 683), (512, 683)),
-    dense=(224, 512), backbone="resnet50", distill_crop=512, product=2048)
+    dense=(224, 512), backbone="resnet50", distill_crop=512, batch=16, product=2048)
 QUICK = Sizes(
     clip=dict(embed_dim=24, image_resolution=32, vision_layers=2, vision_width=64, vision_patch_size=8,
               context_length=77, vocab_size=49408, transformer_width=64, transformer_heads=1, transformer_layers=1),
     voc=Case(3, 32, (32, 40), (37, 50)), ade=Case(5, 40, (40, 56), (40, 56)),
-    dense=(32, 40), backbone="small", distill_crop=64, product=64)
+    dense=(32, 40), backbone="small", distill_crop=64, batch=2, product=64)
 
 
 def class_names(count: int) -> list[str]:
@@ -191,11 +192,15 @@ class Bench:
 
 @dataclass(frozen=True)
 class Sides:
-    """The same work twice: `plain()` and `ours()`, each of `units` units."""
+    """The same work twice: `plain()` and `ours()`, each of `units` units; of `plain_units` where the plain side does less."""
     plain: Callable[[], object]
     ours: Callable[[], object]
     units: int
     unit: str                                               # in the plural
+    plain_units: int | None = None
+
+    def units_of(self, side: str) -> int:
+        return self.plain_units or self.units if side == "plain" else self.units
 
 
 def training(bench: Bench, module: torch.nn.Module, loss_of: Callable[[torch.Generator], Tensor]) -> Callable[[], float]:
@@ -215,18 +220,20 @@ def training(bench: Bench, module: torch.nn.Module, loss_of: Callable[[torch.Gen
     return step
 
 
-def rectification(bench: Bench, case: Case, batch: int = 1) -> Sides:
-    """A step of stage 1."""
+def rectification(bench: Bench, case: Case, batch: int = 1, plain_batch: int | None = None) -> Sides:
+    """A step of stage 1, of `batch` images; on the plain side of `plain_batch`."""
     names, model = class_names(case.classes), bench.model
     recipe, query = bench.recipe(names), bench.query(case.classes)
     images, hypothesis = bench.images(batch, case.crop, case.crop), bench.hypothesis(batch, case.classes)
 
-    def side(train_step, clip_model) -> Callable[[], float]:
+    def side(train_step, clip_model, count: int) -> Callable[[], float]:
         rectifier = rectify.Rectifier(model, case.classes, recipe.prompt_length).to(bench.device).train()
-        return training(bench, rectifier, lambda noise: train_step(rectifier, clip_model, images, hypothesis, query, names,
-                                                                   recipe, noise))
+        return training(bench, rectifier, lambda noise: train_step(rectifier, clip_model, images[:count], hypothesis[:count],
+                                                                   query, names, recipe, noise))
 
-    return Sides(side(plain.rectify_step, bench.plain_model), side(rectify.train_step, model), 1, "steps")
+    plain_batch = plain_batch or batch
+    return Sides(side(plain.rectify_step, bench.plain_model, plain_batch), side(rectify.train_step, model, batch), batch,
+                 "images", plain_batch)
 
 
 def hypotheses(bench: Bench, images: int | None = None, ratio: float | None = None) -> Sides:
@@ -283,7 +290,7 @@ def distillation(bench: Bench, batch: int) -> Sides:
     return Sides(
         training(bench, plains.network, lambda noise: plain.distill_step(
             plains, rectifier, bench.plain_model, images, hypothesis, query, names, teacher_recipe, recipe, noise)),
-        training(bench, own.network, loss_of), 1, "steps")
+        training(bench, own.network, loss_of), batch, "images")
 
 
 def evaluation(bench: Bench, case: Case, images: int = 1, anew: bool = False) -> Sides:
@@ -336,6 +343,8 @@ def row(bench: Bench, name: str) -> tuple[Callable[..., Sides], tuple]:
     """What a row of the table measures: a function above and its arguments."""
     sizes = bench.sizes
     return {"rectify-voc": (rectification, (sizes.voc,)), "rectify-ade": (rectification, (sizes.ade,)),
+            "rectify-voc-batch": (rectification, (sizes.voc, sizes.batch, 1)),
+            "rectify-ade-batch": (rectification, (sizes.ade, sizes.batch, 1)),
             "windows": (hypotheses, ()),
             "dense-224": (dense_features, (sizes.dense[0],)), "dense-512": (dense_features, (sizes.dense[1],)),
             "distill": (distillation, (bench.batch,)),
@@ -396,12 +405,12 @@ def compare(bench: Bench, name: str, repeats: int) -> dict:
         for side, call in calls.items():
             times[side].append(seconds(bench.device, call))
     rate = product_flop / statistics.median(times["product"])
-    found = {"units": sides.units, "unit": sides.unit, "product_flop_per_second": rate}
+    found = {"unit": sides.unit, "product_flop_per_second": rate}
     for side in ("plain", "ours"):
-        median = statistics.median(times[side])
-        found[side] = {"seconds": median, "all_seconds": times[side], "flop": flop[side],
-                       "share_of_product_rate": flop[side] / median / rate}
-    return found | {"ratio": found["plain"]["seconds"] / found["ours"]["seconds"]}
+        median, units = statistics.median(times[side]), sides.units_of(side)
+        found[side] = {"units": units, "seconds_per_unit": median / units, "seconds": median, "all_seconds": times[side],
+                       "flop": flop[side], "share_of_product_rate": flop[side] / median / rate}
+    return found | {"ratio": found["plain"]["seconds_per_unit"] / found["ours"]["seconds_per_unit"]}
 
 
 def loader(bench: Bench, repeats: int) -> dict:
@@ -582,15 +591,16 @@ def chip(device: torch.device) -> str:
 def projections(rows: dict[str, dict], sizes: Sizes) -> dict[str, dict[str, float]]:
     """Hours of whole stages, from the measured steps: what a run at the recipe's batch spends on the device."""
     found, recipe = {}, rectify.Recipe()
-    if "rectify-voc" in rows:
-        steps = data.steps_per_epoch(sizes.voc_images, recipe.batch_size) * recipe.epochs
-        found[f"VOC rectification, {sizes.voc_images} images × {recipe.epochs} epochs, batch {recipe.batch_size}"] = \
-            {side: rows["rectify-voc"][side]["seconds"] * steps / 3600 for side in ("plain", "ours")}
-    if "windows" in rows:
-        windows = (round(2 / recipe.window_ratio) - 1) ** 2
-        per_window = {side: rows["windows"][side]["seconds"] / rows["windows"]["units"] for side in ("plain", "ours")}
-        found[f"ADE hypotheses, {sizes.ade_images} images × {windows} windows"] = \
-            {side: per_window[side] * windows * sizes.ade_images / 3600 for side in ("plain", "ours")}
+
+    def project(title: str, name: str, units: int) -> None:
+        if name in rows:
+            found[title] = {side: rows[name][side]["seconds_per_unit"] * units / 3600 for side in ("plain", "ours")}
+
+    seen, windows = sizes.voc_images * recipe.epochs, (round(2 / recipe.window_ratio) - 1) ** 2
+    whole = f"VOC rectification, {sizes.voc_images} images × {recipe.epochs} epochs"
+    project(f"{whole}, an image a step", "rectify-voc", seen)
+    project(f"{whole}, {sizes.batch} images a step (plain: one)", "rectify-voc-batch", seen)
+    project(f"ADE hypotheses, {sizes.ade_images} images × {windows} windows", "windows", windows * sizes.ade_images)
     return found
 
 
@@ -600,8 +610,8 @@ def megabytes(memory: dict[str, int] | None) -> str:
 
 def print_row(name: str, found: dict) -> None:
     slow, ours = found["plain"], found["ours"]
-    print(f"{name:13}{slow['seconds']:10.4f}{ours['seconds']:10.4f}{found['ratio']:8.2f}"
-          f"{found['units'] / ours['seconds']:12.2f} {found['unit'] + '/s':10}{megabytes(slow['memory']):>8}{megabytes(ours['memory']):>8}"
+    print(f"{name:18}{slow['seconds_per_unit']:10.4f}{ours['seconds_per_unit']:10.4f}{found['ratio']:8.2f}"
+          f"{1 / ours['seconds_per_unit']:12.2f} {found['unit'] + '/s':10}{megabytes(slow['memory']):>8}{megabytes(ours['memory']):>8}"
           f"{slow['share_of_product_rate']:9.0%}{ours['share_of_product_rate']:7.0%}", flush=True)
 
 
@@ -628,8 +638,8 @@ def main(args: argparse.Namespace) -> dict:
         print(f"\n{'Our peak memory, MiB':52}{'growth':>8}{'total':>8}")
         content["memory"] = memory(bench)
     if not args.growth and not args.memory:
-        print(f"\n{'':13}{'seconds':>20}{'':20}{'':11}{'peak MiB':>16}{'of products':>16}\n"
-              f"{'':13}{'plain':>10}{'ours':>10}{'ratio':>8}{'ours':>12} {'':10}{'plain':>8}{'ours':>8}{'plain':>9}"
+        print(f"\n{'':18}{'seconds a unit':>20}{'':20}{'':11}{'peak MiB':>16}{'of products':>16}\n"
+              f"{'':18}{'plain':>10}{'ours':>10}{'ratio':>8}{'ours':>12} {'':10}{'plain':>8}{'ours':>8}{'plain':>9}"
               f"{'ours':>7}")
         content["rows"] = {}
         for name in (name for name in ROWS if name in args.only and name != "loader"):

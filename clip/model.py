@@ -32,7 +32,8 @@ class QuickGELU(nn.Module):
     """OpenAI's approximation of GELU. Its weights were trained with it: the exact GELU costs accuracy."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
+        # x · σ(1.702 x). All but the first step work in that step's memory: on a CPU, new memory costs more than the sums.
+        return F.silu(1.702 * x, inplace=True).mul_(1 / 1.702)
 
 
 class Attention(nn.Module):
@@ -65,13 +66,14 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x)
         return self.merge(F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal))
 
-    def first(self, x: Tensor) -> Tensor:
-        """The same for token 0 alone: (B, T, E) → (B, 1, E). Its query meets the keys and values of all tokens."""
+    def only(self, few: Tensor, x: Tensor, seen: Tensor | None = None) -> Tensor:
+        """The same for a few of the tokens: their queries (of few, (B, K, E)) meet the keys and values of all (of x,
+        (B, T, E)) → (B, K, E). `seen`, bool, shaped as the scores (B, heads, K, T) or to be broadcast to them."""
         E = x.shape[-1]
-        q = F.linear(x[:, :1], self.in_proj_weight[:E], self.in_proj_bias[:E])                  # (B, 1, E)
+        q = F.linear(few, self.in_proj_weight[:E], self.in_proj_bias[:E])                       # (B, K, E)
         k, v = F.linear(x, self.in_proj_weight[E:], self.in_proj_bias[E:]).chunk(2, dim=-1)     # (B, T, E)
         q, k, v = (part.unflatten(dim=2, sizes=(self.heads, -1)).transpose(1, 2) for part in (q, k, v))
-        return self.merge(F.scaled_dot_product_attention(q, k, v))
+        return self.merge(F.scaled_dot_product_attention(q, k, v, attn_mask=seen))
 
     def values(self, x: Tensor) -> Tensor:
         """Every token attends to itself alone: the output projection of its own value. (B, T, E) → (B, T, E).
@@ -102,23 +104,22 @@ class Block(nn.Module):
         x = x + self.attn(self.ln_1(x), causal, seen)
         return x + self.mlp(self.ln_2(x))
 
-    def first(self, x: Tensor) -> Tensor:
-        """The block's output for token 0 alone, (B, T, E) → (B, 1, E)."""
-        first = x[:, :1] + self.attn.first(self.ln_1(x))
-        return first + self.mlp(self.ln_2(first))
+    def only(self, few: Tensor, x: Tensor, seen: Tensor | None = None) -> Tensor:
+        """The block's output for `few` (B, K, E) of the tokens x (B, T, E) alone; `seen` as in `Attention.only`."""
+        few = few + self.attn.only(self.ln_1(few), self.ln_1(x), seen)
+        return few + self.mlp(self.ln_2(few))
 
 
 class Transformer(nn.Module):
-    """A stack of blocks; `causal` lets a token see only what stands before it (the text tower)."""
+    """A stack of blocks."""
 
-    def __init__(self, width: int, layers: int, heads: int, causal: bool = False):
+    def __init__(self, width: int, layers: int, heads: int):
         super().__init__()
-        self.causal = causal
         self.resblocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.resblocks:
-            x = block(x, self.causal)
+            x = block(x)
         return x
 
 
@@ -175,8 +176,8 @@ class VisionTransformer(nn.Module):
         return x
 
     def forward(self, images: Tensor) -> Tensor:
-        last = self.transformer.resblocks[-1]
-        return self.pool(last.first(self.trunk(images)))    # exact: nothing else of the last block's output is read
+        x, last = self.trunk(images), self.transformer.resblocks[-1]
+        return self.pool(last.only(x[:, :1], x))            # exact: nothing else of the last block's output is read
 
     def dense(self, x: Tensor, path: str) -> Tensor:
         """What the trunk gives → patch features before normalisation, (B, n, D), by one of three ways through the last block."""
@@ -204,7 +205,7 @@ class CLIP(nn.Module):
         self.context_length = context_length
         self.visual = VisionTransformer(image_resolution, vision_patch_size, vision_width, vision_layers,
                                         heads=vision_width // 64, output_dim=embed_dim)
-        self.transformer = Transformer(transformer_width, transformer_layers, transformer_heads, causal=True)
+        self.transformer = Transformer(transformer_width, transformer_layers, transformer_heads)
         self.token_embedding = nn.Embedding(vocab_size, transformer_width)
         self.positional_embedding = nn.Parameter(torch.empty(context_length, transformer_width))
         self.ln_final = nn.LayerNorm(transformer_width)
@@ -253,8 +254,12 @@ class CLIP(nn.Module):
         end = tokens.argmax(dim=-1)                             # the end token has the largest id of all
         T = int(end.max()) + 1
         x = self.token_embedding(tokens[:, :T]) + self.positional_embedding[:T]             # (N, T, Et)
-        x = self.transformer(x)
-        x = x[torch.arange(len(x), device=x.device), end]                                   # (N, Et)
+        *blocks, last = self.transformer.resblocks
+        for block in blocks:
+            x = block(x, causal=True)                           # a token sees only what stands before it
+        read = x[torch.arange(len(x), device=x.device), end][:, None]                       # (N, 1, Et)
+        seen = torch.arange(T, device=x.device) <= end[:, None, None, None]                 # (N, 1, 1, T)
+        x = last.only(read, x, seen)[:, 0]                  # (N, Et), exact: nothing else of the last block's output is read
         return self.ln_final(x) @ self.text_projection
 
     def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -328,15 +333,17 @@ class CLIP(nn.Module):
                 "a shorter name.")
         P, device = 1 + L, self.device
         lengths = torch.tensor([len(name) for name in names], device=device)                            # (C,)
-        last = lengths.cumsum(dim=0) - 1                                    # where each sentence is read, behind the prefix
+        end = lengths.cumsum(dim=0) - 1                                     # where each sentence is read, behind the prefix
         owner = torch.arange(len(names), device=device).repeat_interleave(lengths)                    # (M,) class of a token
-        place = torch.arange(len(owner), device=device) - (last + 1 - lengths)[owner]                   # (M,) 0, 1, … in it
+        place = torch.arange(len(owner), device=device) - (end + 1 - lengths)[owner]                    # (M,) 0, 1, … in it
         tokens = torch.tensor([START] + [token for name in names for token in name], device=device)
         start, suffix = self.token_embedding(tokens).split([1, len(owner)])                             # (1, Et), (M, Et)
         prefix = torch.cat([start, prompt]) + self.positional_embedding[:P]                             # (P, Et)
         x = torch.cat([prefix, suffix + self.positional_embedding[P + place]])[None]                # (1, P + M, Et)
         owner = torch.cat([owner.new_full((P,), -1), owner])                                        # −1: everyone's
         seen = ((owner == owner[:, None]) | (owner == -1)).tril()           # (P + M, P + M)
-        for block in self.transformer.resblocks:
+        *blocks, last = self.transformer.resblocks
+        for block in blocks:
             x = block(x, seen=seen)
-        return self.ln_final(x[0, P + last]) @ self.text_projection
+        x = last.only(x[:, P + end], x, seen[P + end])      # (1, C, Et), exact: nothing else of its output is read
+        return self.ln_final(x[0]) @ self.text_projection

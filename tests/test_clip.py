@@ -218,11 +218,15 @@ def test_global_features_at_other_sizes(pair, size):
 
 
 @torch.no_grad()
-def test_first_token_of_a_block_equals_the_whole_block(pair):
-    """The last block runs for the class token alone: what `pool` reads is what the whole block gives."""
+def test_a_few_tokens_of_a_block_equal_the_whole_block(pair):
+    """The last block runs for the tokens that are read alone: what it gives for them is what the whole block gives."""
     block = pair[0].visual.transformer.resblocks[-1]
-    x = torch.randn(3, 10, pair[0].visual.conv1.out_channels, generator=torch.Generator().manual_seed(0))
-    assert relative(block.first(x), block(x)[:, :1]) <= 1e-6
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 10, pair[0].visual.conv1.out_channels, generator=generator)
+    assert relative(block.only(x[:, :1], x), block(x)[:, :1]) <= 1e-6
+    seen = (torch.rand(10, 10, generator=generator) < 0.5) | torch.eye(10, dtype=torch.bool)
+    rows = torch.tensor([7, 2, 2])
+    assert relative(block.only(x[:, rows], x, seen[rows]), block(x, seen=seen)[:, rows]) <= 1e-6
 
 
 @pytest.mark.parametrize("path", clip.DENSE_PATHS)

@@ -1,0 +1,56 @@
+"""A script with `--precision bf16` on a processor that has no bfloat16: slower, but with the numbers of one that has.
+
+    python benchmarks/bfloat16.py rectify.py --out runs-bf16
+
+A tensor core multiplies bfloat16 numbers exactly, adds in float32 and rounds the sum to bfloat16. The same is computed here
+by a float32 product of the rounded numbers. PyTorch's own bfloat16 products give the same (`tests/test_benchmark.py`),
+but without hardware for them they take a hundred times as long: enough for a test, not for a training.
+
+For what bfloat16 does to a result, never for how fast it is.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import torch
+from torch.utils._pytree import tree_map
+from torch.utils._python_dispatch import TorchDispatchMode
+
+PRODUCTS = {getattr(torch.ops.aten, name) for name in (
+    "mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward", "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention_for_cpu_backward")}
+
+
+class Bfloat16Products(TorchDispatchMode):
+    """Runs every matrix product, convolution and attention of bfloat16 numbers in float32 and rounds what comes out."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        rounded = []
+
+        def widen(value):
+            if isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16:
+                rounded.append(value)
+                return value.float()
+            return value
+
+        if function.overloadpacket not in PRODUCTS:
+            return function(*args, **kwargs)
+        wide_args, wide_kwargs = tree_map(widen, (args, kwargs))
+        found = function(*wide_args, **wide_kwargs)
+        if not rounded:
+            return found
+        if function.overloadpacket is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+            return found[0].bfloat16(), found[1]                # the second is the softmax's logarithm, float32 everywhere
+        return tree_map(lambda value: value.bfloat16() if isinstance(value, torch.Tensor) else value, found)
+
+
+if __name__ == "__main__":
+    script = Path(__file__).resolve().parent.parent / sys.argv[1]
+    sys.argv = [str(script), *sys.argv[2:], "--precision", "bf16"]
+    sys.path[0] = str(script.parent)
+    with Bfloat16Products():
+        runpy.run_path(str(script), run_name="__main__")
