@@ -217,6 +217,14 @@ def test_global_features_at_other_sizes(pair, size):
     assert relative(ours.encode_image(images), visual.ln_post(x[:, 0]) @ visual.proj) <= 1e-5
 
 
+def test_quick_gelu_is_the_same_with_and_without_a_gradient():
+    x = torch.linspace(-12, 12, 1001)
+    with_gradient, kept = clip.model.QuickGELU()(x), x.clone()
+    with torch.no_grad():
+        assert relative(clip.model.QuickGELU()(x), with_gradient) <= 1e-6
+    assert torch.equal(x, kept)                 # it works in memory of its own
+
+
 @torch.no_grad()
 def test_a_few_tokens_of_a_block_equal_the_whole_block(pair):
     """The last block runs for the tokens that are read alone: what it gives for them is what the whole block gives."""
