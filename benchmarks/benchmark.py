@@ -1,6 +1,6 @@
 """What our steps cost, beside a plain implementation of the same steps (plain.py), measured in one run.
 
-    python benchmarks/benchmark.py                     every row, ViT-B/16 with random weights: ten minutes on two cores
+    python benchmarks/benchmark.py                     every row, ViT-B/16 with random weights: twenty minutes on two cores
     python benchmarks/benchmark.py --only rectify-voc  one row
     python benchmarks/benchmark.py --growth            how time grows with classes, image size and number of images
     python benchmarks/benchmark.py --memory            peak memory of large images and of training batches
@@ -22,7 +22,8 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # bars would be timed with the steps
 
 import runs
 
-ROWS = ("rectify-voc", "rectify-ade", "rectify-voc-batch", "rectify-ade-batch", "evaluate-voc", "evaluate-ade", "windows", "query", "dense-224", "dense-512",
+ROWS = ("rectify-voc", "rectify-ade", "rectify-voc-batch", "rectify-ade-batch", "rectify-voc-cached",
+        "rectify-ade-cached", "evaluate-voc", "evaluate-ade", "windows", "query", "dense-224", "dense-512",
         "distill", "loader")
 
 
@@ -96,7 +97,7 @@ class Sizes:
     dense: tuple[int, int]
     backbone: str
     distill_crop: int
-    batch: int                                              # images of a step in the rows named -batch
+    batch: int                                              # images of a step in the rows named -batch and -cached
     product: int                                            # side of the square matrices that measure the machine
     voc_images: int = 1464                                  # of VOC 2012's train.txt
     ade_images: int = 20210
@@ -220,20 +221,24 @@ def training(bench: Bench, module: torch.nn.Module, loss_of: Callable[[torch.Gen
     return step
 
 
-def rectification(bench: Bench, case: Case, batch: int = 1, plain_batch: int | None = None) -> Sides:
-    """A step of stage 1, of `batch` images; on the plain side of `plain_batch`."""
+def rectification(bench: Bench, case: Case, batch: int = 1, plain_batch: int | None = None, cached: bool = False) -> Sides:
+    """A step of stage 1, of `batch` images; on the plain side of `plain_batch`. `cached`: ours has their features stored."""
     names, model = class_names(case.classes), bench.model
     recipe, query = bench.recipe(names), bench.query(case.classes)
     images, hypothesis = bench.images(batch, case.crop, case.crop), bench.hypothesis(batch, case.classes)
 
-    def side(train_step, clip_model, count: int) -> Callable[[], float]:
+    def side(train_step, clip_model, count: int, inputs: Tensor) -> Callable[[], float]:
         rectifier = rectify.Rectifier(model, case.classes, recipe.prompt_length).to(bench.device).train()
-        return training(bench, rectifier, lambda noise: train_step(rectifier, clip_model, images[:count], hypothesis[:count],
+        if inputs is not images:                            # as in rectify.main: a batch holds Z already
+            rectifier.encode = lambda _clip, features, _path: features.float()
+        return training(bench, rectifier, lambda noise: train_step(rectifier, clip_model, inputs[:count], hypothesis[:count],
                                                                    query, names, recipe, noise))
 
+    grid = case.crop // model.visual.patch_size
+    stored = F.normalize(torch.randn(batch, query.shape[1], grid, grid, device=bench.device), dim=1).half()
     plain_batch = plain_batch or batch
-    return Sides(side(plain.rectify_step, bench.plain_model, plain_batch), side(rectify.train_step, model, batch), batch,
-                 "images", plain_batch)
+    return Sides(side(plain.rectify_step, bench.plain_model, plain_batch, images),
+                 side(rectify.train_step, model, batch, stored if cached else images), batch, "images", plain_batch)
 
 
 def hypotheses(bench: Bench, images: int | None = None, ratio: float | None = None) -> Sides:
@@ -345,6 +350,8 @@ def row(bench: Bench, name: str) -> tuple[Callable[..., Sides], tuple]:
     return {"rectify-voc": (rectification, (sizes.voc,)), "rectify-ade": (rectification, (sizes.ade,)),
             "rectify-voc-batch": (rectification, (sizes.voc, sizes.batch, 1)),
             "rectify-ade-batch": (rectification, (sizes.ade, sizes.batch, 1)),
+            "rectify-voc-cached": (rectification, (sizes.voc, sizes.batch, 1, True)),
+            "rectify-ade-cached": (rectification, (sizes.ade, sizes.batch, 1, True)),
             "windows": (hypotheses, ()),
             "dense-224": (dense_features, (sizes.dense[0],)), "dense-512": (dense_features, (sizes.dense[1],)),
             "distill": (distillation, (bench.batch,)),
@@ -600,6 +607,7 @@ def projections(rows: dict[str, dict], sizes: Sizes) -> dict[str, dict[str, floa
     whole = f"VOC rectification, {sizes.voc_images} images × {recipe.epochs} epochs"
     project(f"{whole}, an image a step", "rectify-voc", seen)
     project(f"{whole}, {sizes.batch} images a step (plain: one)", "rectify-voc-batch", seen)
+    project(f"{whole}, the same from stored features, which a first pass makes", "rectify-voc-cached", seen)
     project(f"ADE hypotheses, {sizes.ade_images} images × {windows} windows", "windows", windows * sizes.ade_images)
     return found
 
@@ -623,7 +631,7 @@ def main(args: argparse.Namespace) -> dict:
                 "batch": getattr(args, "batch", 16 if device.type == "cuda" and not args.quick else 1)}
     bench = Bench(settings)
     header = {"versions": runs.versions(), "chip": chip(device), **settings, "repeats": args.repeats,
-              "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])}
+              "command": shlex.join(["python", f"benchmarks/{Path(__file__).name}", *sys.argv[1:]])}
     for title, value in header.items():
         print(f"{title:>10}  {value}")
     content = dict(header)
