@@ -313,7 +313,7 @@ def main(args: argparse.Namespace) -> Path:
     student.train()
     with run:
         for step, (batch, ids) in enumerate(batches, start=run.first_step):
-            batch = batch.to(world.device)
+            batch = batch.to(world.device, non_blocking=True)
             noise.manual_seed(runs.seed_of(args.seed, "gumbel", step))
             hypothesis = hypotheses[[row[name] for name in ids]].to(world.device)
             with runs.autocast(world.device, world.precision):

@@ -116,6 +116,7 @@ def predictors(world: World, query: Tensor, stages: list[str]) -> dict[str, Pred
             found[stage] = rectified(world, query)
         elif stage == "distill":
             student_recipe, student = distill.load_student(world, query)
+            student.inherited.bias = functools.lru_cache(maxsize=64)(student.inherited.bias)     # as for stage 1, see `rectified`
             found[stage] = Predictor(student.logits, student_recipe.short_side, None, student_recipe.ablation)
     return found
 

@@ -541,7 +541,7 @@ def main(args: argparse.Namespace) -> Path:
             noise.manual_seed(runs.seed_of(args.seed, "gumbel", step))
             hypothesis = hypotheses[[row[name] for name in ids]].to(world.device)
             with runs.autocast(world.device, world.precision):
-                loss = train_step(rectifier, world.clip_model, batch.to(world.device), hypothesis, query,
+                loss = train_step(rectifier, world.clip_model, batch.to(world.device, non_blocking=True), hypothesis, query,
                                   world.vocabulary.names, recipe, noise)
             run.refuse_non_finite(loss, step, ids)
             for group in optimizer.param_groups:

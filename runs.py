@@ -56,7 +56,7 @@ def common_flags(description: str, training: bool = True, seed: bool = True) -> 
     where.add_argument("--precision", choices=("fp32", "bf16"), default="fp32",
                        help="bf16 is autocast: faster on a GPU, slow on most laptops' CPUs")
     where.add_argument("--compile", action="store_true",
-                       help="torch.compile the blocks of CLIP's image tower: a start of half a minute, then faster on a GPU")
+                       help="torch.compile the blocks of CLIP's image tower but the last: a start of half a minute, for a GPU")
     where.add_argument("--workers", type=not_negative, metavar="N", default=argparse.SUPPRESS,
                        help="processes that decode images (default: 4 beside a GPU, else 0). Changes no result")
     where.add_argument("--cache", metavar="DIR", default=argparse.SUPPRESS,
@@ -129,7 +129,8 @@ def device_of(args: argparse.Namespace):
 
 
 def workers_of(args: argparse.Namespace, device) -> int:
-    """Worker processes for decoding; at most the machine's cores."""
+    """Worker processes for decoding; at most the machine's cores. None beside a CPU, which decodes an image in a fiftieth of
+    the time of its step: another process would take from the step what it saves."""
     return min(getattr(args, "workers", 0 if device.type == "cpu" else 4), os.cpu_count() or 1)
 
 

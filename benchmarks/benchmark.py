@@ -153,7 +153,7 @@ class Bench:
         return plain.CLIP(self.model)
 
     def query(self, classes: int) -> Tensor:
-        return F.normalize(torch.randn(classes, self.sizes.clip["embed_dim"], device=self.device), dim=-1)
+        return F.normalize(torch.randn(classes, self.model.visual.proj.shape[1], device=self.device), dim=-1)
 
     def images(self, batch: int, height: int, width: int) -> Tensor:
         return torch.randn(batch, 3, height, width, device=self.device)
@@ -246,14 +246,15 @@ def hypotheses(bench: Bench, images: int | None = None, ratio: float | None = No
     on_gpu = bench.device.type == "cuda"
     photos = bench.photos(images or (16 if on_gpu else 1))
     ratio = ratio or (rectify.Recipe.window_ratio if on_gpu else 1 / 2)
+    model, plain_model = bench.model, bench.plain_model     # made here: neither time nor memory of it is the call's
     query, short_side, places = bench.query(bench.sizes.ade.classes), bench.sizes.ade.crop, round(2 / ratio) - 1
 
     def slow() -> object:
         with bench.autocast():
-            return plain.count_votes(bench.plain_model, query, photos, short_side, ratio)
+            return plain.count_votes(plain_model, query, photos, short_side, ratio)
 
     def ours() -> object:
-        return rectify.count_votes(bench.model, query, photos, short_side, ratio, bench.precision,
+        return rectify.count_votes(model, query, photos, short_side, ratio, bench.precision,
                                    workers=min(4, os.cpu_count() or 1) if on_gpu else 0)
 
     return Sides(slow, ours, len(photos) * places ** 2, "windows")
@@ -340,8 +341,9 @@ def queries(bench: Bench, classes: int = 1) -> Sides:
     """W_q of a class: 85 sentences."""
     words = data.Vocabulary(tuple((name,) for name in class_names(classes)), ((0, 0, 0),) * classes,
                             tuple(data.QUERY_TEMPLATES))
-    return Sides(lambda: plain.query_features(bench.plain_model, words), lambda: rectify.query_features(bench.model, words),
-                 classes, "classes")
+    model, plain_model = bench.model, bench.plain_model
+    return Sides(lambda: plain.query_features(plain_model, words), lambda: rectify.query_features(model, words), classes,
+                 "classes")
 
 
 def row(bench: Bench, name: str) -> tuple[Callable[..., Sides], tuple]:

@@ -3,10 +3,10 @@
     python benchmarks/bfloat16.py rectify.py --out runs-bf16
 
 A tensor core multiplies bfloat16 numbers exactly, adds in float32 and rounds the sum to bfloat16. The same is computed here
-by a float32 product of the rounded numbers. PyTorch's own bfloat16 products give the same (`tests/test_benchmark.py`),
-but without hardware for them they take a hundred times as long: enough for a test, not for a training.
+by a float32 product of the rounded numbers. PyTorch's own products give the same (`tests/test_benchmark.py`; its attention
+also rounds the softmax's weights), but without hardware for them they take up to a hundred times as long as in float32.
 
-For what bfloat16 does to a result, never for how fast it is.
+For what bfloat16 does to a result, never for how fast it is. Give it an --out of its own.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ class Bfloat16Products(TorchDispatchMode):
 
 
 if __name__ == "__main__":
-    script = Path(__file__).resolve().parent.parent / sys.argv[1]
+    script = Path(__file__).resolve().parent.parent / (sys.argv[1] if len(sys.argv) > 1 else "")
+    if not script.is_file():
+        sys.exit(f"expected a script of this project and its flags, found {' '.join(sys.argv[1:]) or 'nothing'}.\n\n{__doc__}")
     sys.argv = [str(script), *sys.argv[2:], "--precision", "bf16"]
     sys.path[0] = str(script.parent)
     with Bfloat16Products():

@@ -165,6 +165,9 @@ def test_plain_predictions_and_confusions_are_ours(models, tmp_path):
         assert len(expected.unique()) > 1
         assert (predicted != expected.numpy()).mean() == 0, (stage, (predicted != expected.numpy()).sum())
         assert np.array_equal(confusion, evaluate.confusion_matrix(true_label, expected, len(NAMES)).numpy())
+    sides = benchmark.evaluation(bench, benchmark.Case(len(NAMES), 40, (40, 56), size), images=2)     # what is timed
+    slow_matrices, our_matrices = sides.plain(), sides.ours()
+    assert all(np.array_equal(slow_matrices[stage], our_matrices[stage].numpy()) for stage in stages)
     bench.folder.cleanup()
 
 

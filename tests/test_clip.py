@@ -217,12 +217,25 @@ def test_global_features_at_other_sizes(pair, size):
     assert relative(ours.encode_image(images), visual.ln_post(x[:, 0]) @ visual.proj) <= 1e-5
 
 
-def test_quick_gelu_is_the_same_with_and_without_a_gradient():
-    x = torch.linspace(-12, 12, 1001)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_quick_gelu_is_the_same_with_and_without_a_gradient(dtype):
+    x = torch.cat([torch.linspace(-12, 12, 1001), torch.tensor([-39000.0, 39000.0])]).to(dtype)
     with_gradient, kept = clip.model.QuickGELU()(x), x.clone()
     with torch.no_grad():
-        assert relative(clip.model.QuickGELU()(x), with_gradient) <= 1e-6
+        assert torch.equal(clip.model.QuickGELU()(x), with_gradient)
     assert torch.equal(x, kept)                 # it works in memory of its own
+    assert torch.equal(with_gradient, x * torch.sigmoid(1.702 * x)) and with_gradient.isfinite().all()
+
+
+def test_prompts_first_encoded_in_inference_mode_can_be_trained_later(pair):
+    """What is kept of a class list between calls is no inference tensor, which no backward pass may hold."""
+    ours, _ = pair
+    prompt = torch.randn(4, ours.positional_embedding.shape[1])
+    with torch.inference_mode():
+        ours.encode_prompt(prompt, ["a name", "of its own"])
+    prompt.requires_grad_()
+    ours.encode_prompt(prompt, ["a name", "of its own"]).sum().backward()
+    assert prompt.grad.abs().sum() > 0
 
 
 @torch.no_grad()

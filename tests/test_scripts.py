@@ -20,6 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
+import clip
 import data
 import distill
 import evaluate
@@ -256,6 +257,21 @@ def test_student_is_measured_at_the_size_it_was_trained_at(voc, monkeypatch):
     assert len(seen) == 5 and {min(size) for size in seen} == {48}
 
 
+def test_bias_maps_that_are_kept_are_those_of_their_grids(trained_voc):
+    """Images of two shapes in turn: what was computed for one grid serves its next image, and none of another grid."""
+    args = evaluate.flags().parse_args(["--data", "voc"])
+    world = rectify.open_world(args, rectify.find_checkpoint(args, "rectify"))
+    query, shapes = rectify.cached_query(world), [(40, 48), (48, 32), (40, 48), (48, 32)]
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.randn(1, 3, *shape, generator=generator) for shape in shapes]
+    kept = evaluate.predictors(world, query, ["rectify", "distill"])
+    with torch.no_grad():
+        for image in images:
+            fresh = evaluate.predictors(world, query, ["rectify", "distill"])
+            found, expected = (evaluate.logits_of_all(world, some, image) for some in (kept, fresh))
+            assert all(torch.equal(found[stage], expected[stage]) for stage in kept)
+
+
 def break_photos(*names: str) -> None:
     for name in names:
         Path(name).write_bytes(Path(name).read_bytes()[:300])
@@ -413,6 +429,13 @@ def test_compiled_blocks_change_rounding_alone(voc):
         run(rectify, *voc, "--out", out, *flags)
     found, expected = weights_of("rectify", "compiled"), weights_of("rectify", "plain")
     assert all(torch.allclose(found[name], tensor, atol=1e-3) for name, tensor in expected.items())
+    model, _ = clip.load(voc[voc.index("--clip") + 1])          # weights of a few steps hide much: the features themselves
+    images = torch.randn(2, 3, 40, 48, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model.encode_dense(images)
+        for block in model.visual.transformer.resblocks:
+            block.compile()
+        assert torch.allclose(model.encode_dense(images), expected, atol=1e-5)
 
 
 def test_number_of_workers_changes_no_weight(voc):
