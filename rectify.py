@@ -238,17 +238,20 @@ def multi_label_hypothesis(votes: Tensor, threshold: float) -> Tensor:
 @torch.no_grad()
 def count_votes(clip_model: clip.CLIP, query: Tensor, images: dict[str, Path], short_side: int, ratio: float,
                 precision: str, workers: int, windows_per_batch: int | None = None) -> dict[str, Tensor]:
-    """f(k) of every image: id → (C,). One pass over the training images, windows of several images in one batch."""
+    """f(k) of every image: id → (C,). One pass over the training images; windows of small images share a batch, those of an
+    image that has more than `windows_per_batch` come in several."""
     device, size = clip_model.device, clip_model.visual.input_resolution
-    if windows_per_batch is None:                   # what a processor's cache holds, or what fills a GPU
-        windows_per_batch = 128 if device.type == "cpu" else 1024
+    if windows_per_batch is None:                   # a CPU is faster while all of it lies in its cache; what fills a GPU
+        windows_per_batch = 32 if device.type == "cpu" else 1024
     loader = torch.utils.data.DataLoader(WholeImages(images, short_side), batch_size=None, num_workers=workers)
     votes: dict[str, Tensor] = {}
     waiting: list[tuple[str, Tensor]] = []
 
     def vote() -> None:
+        together = torch.cat([resized for _, resized in waiting])
+        pieces = together.chunk(-(-len(together) // windows_per_batch))
         with runs.autocast(device, precision):
-            features = clip_model.encode_image(torch.cat([resized for _, resized in waiting])).float()
+            features = torch.cat([clip_model.encode_image(piece) for piece in pieces]).float()
         counts = [len(resized) for _, resized in waiting]
         for (name, _), of_image in zip(waiting, features.split(counts)):
             votes[name] = window_votes(of_image, query).cpu()

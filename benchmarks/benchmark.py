@@ -242,10 +242,10 @@ def rectification(bench: Bench, case: Case, batch: int = 1, plain_batch: int | N
 
 
 def hypotheses(bench: Bench, images: int | None = None, ratio: float | None = None) -> Sides:
-    """Windows of JPEG files through the global encoder: all of the recipe's on a GPU, 9 of one image on a CPU."""
+    """Windows of JPEG files through the global encoder: all of the recipe's on a GPU, 25 of one image on a CPU."""
     on_gpu = bench.device.type == "cuda"
     photos = bench.photos(images or (16 if on_gpu else 1))
-    ratio = ratio or (rectify.Recipe.window_ratio if on_gpu else 1 / 2)
+    ratio = ratio or (rectify.Recipe.window_ratio if on_gpu else 1 / 3)
     model, plain_model = bench.model, bench.plain_model     # made here: neither time nor memory of it is the call's
     query, short_side, places = bench.query(bench.sizes.ade.classes), bench.sizes.ade.crop, round(2 / ratio) - 1
 
