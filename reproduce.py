@@ -502,6 +502,8 @@ def in_paper(claim: Claim, data: str) -> str:
 
 
 def claim_lines(claims: list[Claim], values: dict[Cell, list[float]], data: str) -> list[str]:
+    if not claims:
+        return []
     lines = ["### Claims", "",
              "The difference that a claim says is above zero, for each seed. Held: its mean, as it is shown, is above zero and "
              "above its spread (standard deviation over seeds). Left out are claims that the paper's own numbers deny on this "

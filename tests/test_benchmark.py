@@ -190,6 +190,7 @@ def test_flop_of_a_product_and_of_both_attentions_are_counted():
         assert benchmark.flop_of(lambda: torchs(x, x, x)) == expected
 
 
+@pytest.mark.slow
 def test_peak_memory_sees_what_a_call_takes_and_frees_again(models):
     settings = {"device": "cpu", "precision": "fp32", "quick": True, "batch": 1, "threads": 1}
     if benchmark.peak(benchmark.Bench(settings), hungry, ()) is None:

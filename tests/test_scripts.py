@@ -361,6 +361,7 @@ def test_toyland_without_a_flag(place, monkeypatch, capsys):
 
 # ------------------------------------------------------------------------------------------ equal runs, equal weights
 
+@pytest.mark.slow
 def test_same_command_same_weights_other_seed_others(voc):
     """Both stages, bit for bit."""
     for out, seed in (("one", 0), ("two", 0), ("three", 1)):
@@ -496,6 +497,7 @@ Path("opened.json").write_text(json.dumps([after_rectify, opened]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, images, labels", [("voc", "JPEGImages", "SegmentationClass"),
                                                   ("toyland", "toyland/images/train", "toyland/labels")])
 def test_no_label_is_opened_before_training_is_done(voc, place, tiny_clip, name, images, labels):
@@ -510,6 +512,7 @@ def test_no_label_is_opened_before_training_is_done(voc, place, tiny_clip, name,
         assert any(labels in path for path in opened[trained:])                 # and afterwards it is measured
 
 
+@pytest.mark.slow
 def test_training_does_not_import_what_reads_labels():
     """Both stages, all that they import, and the ablations: ground_truth.py is not among it."""
     program = "import sys; sys.path[:0] = [%r]\nimport rectify, distill, ablations, toyland\nprint(*sys.modules)" % str(ROOT)
@@ -540,6 +543,7 @@ def crash():
     raise Interrupted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", [1, 4, 6])
 @pytest.mark.parametrize("script", [rectify, distill], ids=["rectify", "distill"])
 def test_crashed_run_resumes_to_the_same_weights(voc, monkeypatch, script, call):
@@ -746,6 +750,7 @@ def command(*args, cwd, **environment) -> subprocess.CompletedProcess:
                           env=os.environ | environment)
 
 
+@pytest.mark.slow
 def test_refusal_of_the_real_command(photos, place):
     """python rectify.py in a process of its own: exit code 2, one paragraph on stderr, nothing on disk."""
     Path("one.txt").write_text("cat\n")

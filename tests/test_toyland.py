@@ -282,6 +282,7 @@ def test_pretraining_follows_its_seed_and_its_shipped_file_is_a_clip(tmp_path, m
     assert table.shape == (49408, 64) and 10 < table.any(dim=1).sum() < 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [0, 2, 3, 5])
 def test_stopped_pretraining_goes_on_to_the_same_bits(tmp_path, monkeypatch, stop):
     """Ctrl-C in the first step, within an epoch, at its end and in the last step: order, flips, templates, patches that are
