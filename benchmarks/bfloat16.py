@@ -4,7 +4,7 @@
 
 A tensor core multiplies bfloat16 numbers exactly, adds in float32 and rounds the sum to bfloat16. The same is computed here
 by a float32 product of the rounded numbers. PyTorch's own products give the same (`tests/test_benchmark.py`; its attention
-also rounds the softmax's weights), but without hardware for them they take up to a hundred times as long as in float32.
+also rounds the softmax's weights), but without hardware for them a training takes many times as long as in float32.
 
 For what bfloat16 does to a result, never for how fast it is. Give it an --out of its own.
 """
