@@ -183,6 +183,7 @@ ALL = ["figure1_confusion.png", "figure1_distance.png", "figure3_hypothesis.png"
        "figure5_results.png"]
 
 
+@pytest.mark.slow
 def test_every_figure_of_the_newest_run_is_a_picture_of_readme_width(voc, capsys):
     """Five files of less than 300 kB; figure 3 from the points that it is given; nothing else is written."""
     paths = run(figures, "--points", written_points(voc, POINTS))

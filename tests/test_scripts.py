@@ -564,6 +564,7 @@ def test_crashed_run_resumes_to_the_same_weights(voc, monkeypatch, script, call)
         == list(range(6))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [rectify, distill], ids=["rectify", "distill"])
 def test_ctrl_c_saves_and_resumes_to_the_same_weights(voc, monkeypatch, capsys, script):
     """In the middle of an epoch: exit code 130, the hint to --resume, and the same weights in the end."""

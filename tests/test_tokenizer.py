@@ -85,6 +85,7 @@ def reference_tokenizer():
     return tokenizer
 
 
+@pytest.mark.slow
 def test_ten_thousand_strings_equal_open_clip():
     """encode and tokenize give open_clip's ids for every string, cut where it cuts."""
     reference, texts = reference_tokenizer(), odd_strings(10_000)
