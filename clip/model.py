@@ -34,8 +34,8 @@ class QuickGELU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate = (1.702 * x).sigmoid_()
-        # The same bits either way. Without a backward pass, which needs the gate, its memory takes the result: to a CPU,
-        # new memory is dearer than the product.
+        # The same bits either way. A backward pass would need the gate; without one the result takes the gate's memory,
+        # since on a CPU new memory takes longer than the product.
         return x * gate if torch.is_grad_enabled() else gate.mul_(x)
 
 
@@ -342,8 +342,8 @@ class CLIP(nn.Module):
         All sentences begin with the same 1 + L tokens, and a causal tower computes those without looking at
         what follows. So all classes are run as one sequence (`in_one_sequence`): the shared prefix once, then
         every class's own tokens, each at the position it has in its own sentence. They see the prefix and their
-        own class up to themselves, no other class. Exactly the naive result: the same sums, of 13 times fewer tokens for the 20
-        classes of VOC, 28 times for the 150 of ADE20K.
+        own class up to themselves, no other class. Exactly the naive result: the same sums, of 13 times fewer
+        tokens for the 20 classes of VOC, 28 times for the 150 of ADE20K.
         """
         P = 1 + len(prompt)
         tokens, place, end, seen, longest = in_one_sequence(tuple(class_names), P, self.device)
