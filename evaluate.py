@@ -104,6 +104,9 @@ class Predictor:
     ablation: str = "none"                  # of the recipe that it was trained with
 
 
+kept_per_grid = functools.lru_cache(maxsize=64)     # for bias maps, which no image changes; photographs have many shapes
+
+
 def predictors(world: World, query: Tensor, stages: list[str]) -> dict[str, Predictor]:
     """One predictor for each of the named stages; trained ones are read from their checkpoints."""
     found: dict[str, Predictor] = {}
@@ -116,7 +119,7 @@ def predictors(world: World, query: Tensor, stages: list[str]) -> dict[str, Pred
             found[stage] = rectified(world, query)
         elif stage == "distill":
             student_recipe, student = distill.load_student(world, query)
-            student.inherited.bias = functools.lru_cache(maxsize=64)(student.inherited.bias)     # as for stage 1, see `rectified`
+            student.inherited.bias = kept_per_grid(student.inherited.bias)
             found[stage] = Predictor(student.logits, student_recipe.short_side, None, student_recipe.ablation)
     return found
 
@@ -143,7 +146,7 @@ def rectified(world: World, query: Tensor) -> Predictor:
     recipe, rectifier = rectify.load_rectifier(world, rectify.load_checkpoint(path, "rectify"))
     reference = rectify.reference_features(world.clip_model, rectifier.prompt, world.vocabulary.names)
 
-    @functools.lru_cache(maxsize=64)                # of grids: photographs have many shapes
+    @kept_per_grid
     def bias_of(h: int, w: int) -> Tensor:
         return rectifier.bias(world.clip_model.visual.patch_positions(h, w), reference)
 

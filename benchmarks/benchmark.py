@@ -226,19 +226,19 @@ def rectification(bench: Bench, case: Case, batch: int = 1, plain_batch: int | N
     names, model = class_names(case.classes), bench.model
     recipe, query = bench.recipe(names), bench.query(case.classes)
     images, hypothesis = bench.images(batch, case.crop, case.crop), bench.hypothesis(batch, case.classes)
+    plain_batch = plain_batch or batch
 
-    def side(train_step, clip_model, count: int, inputs: Tensor) -> Callable[[], float]:
-        rectifier = rectify.Rectifier(model, case.classes, recipe.prompt_length).to(bench.device).train()
-        if inputs is not images:                            # as in rectify.main: a batch holds Z already
+    def side(train_step, clip_model, count: int, stored: bool = False) -> Callable[[], float]:
+        rectifier, inputs = rectify.Rectifier(model, case.classes, recipe.prompt_length).to(bench.device).train(), images
+        if stored:                                          # as in rectify.main: a batch holds Z already
+            grid = case.crop // model.visual.patch_size
+            inputs = F.normalize(torch.randn(batch, query.shape[1], grid, grid, device=bench.device), dim=1).half()
             rectifier.encode = lambda _clip, features, _path: features.float()
         return training(bench, rectifier, lambda noise: train_step(rectifier, clip_model, inputs[:count], hypothesis[:count],
                                                                    query, names, recipe, noise))
 
-    grid = case.crop // model.visual.patch_size
-    stored = F.normalize(torch.randn(batch, query.shape[1], grid, grid, device=bench.device), dim=1).half()
-    plain_batch = plain_batch or batch
-    return Sides(side(plain.rectify_step, bench.plain_model, plain_batch, images),
-                 side(rectify.train_step, model, batch, stored if cached else images), batch, "images", plain_batch)
+    return Sides(side(plain.rectify_step, bench.plain_model, plain_batch),
+                 side(rectify.train_step, model, batch, cached), batch, "images", plain_batch)
 
 
 def hypotheses(bench: Bench, images: int | None = None, ratio: float | None = None) -> Sides:

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 import torch
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils._python_dispatch import TorchDispatchMode
 
 PRODUCTS = {getattr(torch.ops.aten, name) for name in (
@@ -24,25 +24,19 @@ PRODUCTS = {getattr(torch.ops.aten, name) for name in (
     "_scaled_dot_product_flash_attention_for_cpu_backward")}
 
 
+def is_bfloat16(value) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16
+
+
 class Bfloat16Products(TorchDispatchMode):
     """Runs every matrix product, convolution and attention of bfloat16 numbers in float32 and rounds what comes out."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        rounded = []
-
-        def widen(value):
-            if isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16:
-                rounded.append(value)
-                return value.float()
-            return value
-
-        if function.overloadpacket not in PRODUCTS:
+        if function.overloadpacket not in PRODUCTS or not any(map(is_bfloat16, tree_leaves((args, kwargs)))):
             return function(*args, **kwargs)
-        wide_args, wide_kwargs = tree_map(widen, (args, kwargs))
-        found = function(*wide_args, **wide_kwargs)
-        if not rounded:
-            return found
+        args, kwargs = tree_map(lambda value: value.float() if is_bfloat16(value) else value, (args, kwargs))
+        found = function(*args, **kwargs)
         if function.overloadpacket is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
             return found[0].bfloat16(), found[1]                # the second is the softmax's logarithm, float32 everywhere
         return tree_map(lambda value: value.bfloat16() if isinstance(value, torch.Tensor) else value, found)
