@@ -1,278 +1,51 @@
-"""Datasets: where images lie, what the classes are called, and how images become tensors.
+"""What a stage works on: images as tensors, in batches, and beside them the words and the frozen CLIP.
 
-No label is read here: `TrainingImages` yields images and ids and has no way to a label. ground_truth.py, for evaluation
-alone, is another file.
+No label is read here: `TrainingImages` yields images and ids and has no way to a label. Where files lie is
+told by datasets/images.py, what the classes are called by datasets/words.py; labels are read by
+datasets/labels.py, which nothing that trains imports.
 
-A dataset is known by name (`toyland`, or one of public_datasets.py) or is a folder of your own images with a file of class
-names. This file holds what is the same for all of them.
+One image's way to the loss (VOC's recipe, ViT-B/16):
 
-    B images · C classes · H,W pixels
+    a file           datasets/images.py  read_image        RGB, upright, any size
+    a training image data.py  augmentation                 (3, 336, 336), CLIP's mean and std
+    a batch          data.py  training_batches             (B, 3, 336, 336), ids
+    features Z       clip/model.py  encode_dense           (B, 512, 21, 21), unit vectors
+    its hypothesis H rectify.py  count_votes, Eq. 6        (B, 20), from 121 windows of the image, counted once
+    M_q, M, M_o      rectify.py  train_step, Eq. 1 to 4    (B, 20, 21, 21)
+    masks            Eq. 5                                 (B, 20, 21, 21), one 1 a patch
+    the loss         Eq. 7                                 a number
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
+import math
 import signal
-import unicodedata
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-import public_datasets
-import toyland
-from public_datasets import DATASETS
-from runs import seed_of
+import clip
+from clip import MEAN, STD                        # CLIP's, for every network here: ImageNet's would shift the
+from datasets import is_folder, images as image_files   # colours that CLIP was trained on
+from datasets import words
+from harness import files, machine, runs
+from harness.flags import with_flags
+from harness.machine import seed_of
+from toyland.networks import small_clip
 
-IGNORE = 255                                            # a pixel that no measure counts
-MEAN = (0.48145466, 0.4578275, 0.40821073)              # CLIP's, for every network here: ImageNet's would shift
-STD = (0.26862954, 0.26130258, 0.27577711)              # the colours that CLIP was trained on
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
-
-# ------------------------------------------------------------------------------------------ classes
-
-# Of every dataset known by name: its classes as the prompts say them, and their colours.
-KNOWN = {"toyland": (toyland.CLASSES, toyland.PALETTE),
-         **{name: public_datasets.names_and_colours(name) for name in DATASETS}}
-VOC_CLASSES, VOC_PALETTE = KNOWN["voc"]
-
-# The 85 sentences that MaskCLIP and ReCLIP average for a class's query (OpenAI's 80 for ImageNet and five more).
-QUERY_TEMPLATES = """
-a bad photo of a {}. | a photo of many {}. | a sculpture of a {}. | a photo of the hard to see {}. | a low
-resolution photo of the {}. | a rendering of a {}. | graffiti of a {}. | a bad photo of the {}. | a cropped photo
-of the {}. | a tattoo of a {}. | the embroidered {}. | a photo of a hard to see {}. | a bright photo of a {}. | a
-photo of a clean {}. | a photo of a dirty {}. | a dark photo of the {}. | a drawing of a {}. | a photo of my {}. |
-the plastic {}. | a photo of the cool {}. | a close-up photo of a {}. | a black and white photo of the {}. | a
-painting of the {}. | a painting of a {}. | a pixelated photo of the {}. | a sculpture of the {}. | a bright photo
-of the {}. | a cropped photo of a {}. | a plastic {}. | a photo of the dirty {}. | a jpeg corrupted photo of a {}.
-| a blurry photo of the {}. | a photo of the {}. | a good photo of the {}. | a rendering of the {}. | a {} in a
-video game. | a photo of one {}. | a doodle of a {}. | a close-up photo of the {}. | a photo of a {}. | the
-origami {}. | the {} in a video game. | a sketch of a {}. | a doodle of the {}. | a origami {}. | a low resolution
-photo of a {}. | the toy {}. | a rendition of the {}. | a photo of the clean {}. | a photo of a large {}. | a
-rendition of a {}. | a photo of a nice {}. | a photo of a weird {}. | a blurry photo of a {}. | a cartoon {}. |
-art of a {}. | a sketch of the {}. | a embroidered {}. | a pixelated photo of a {}. | itap of the {}. | a jpeg
-corrupted photo of the {}. | a good photo of a {}. | a plushie {}. | a photo of the nice {}. | a photo of the
-small {}. | a photo of the weird {}. | the cartoon {}. | art of the {}. | a drawing of the {}. | a photo of the
-large {}. | a black and white photo of a {}. | the plushie {}. | a dark photo of a {}. | itap of a {}. | graffiti
-of the {}. | a toy {}. | itap of my {}. | a photo of a cool {}. | a photo of a small {}. | a tattoo of the {}. |
-there is a {} in the scene. | there is the {} in the scene. | this is a {} in the scene. | this is the {} in the
-scene. | this is one {} in the scene.
-""".replace("\n", " ").strip().split(" | ")
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """What can be named: for each class its names (the first is shown, all are averaged) and its colour."""
-    synonyms: tuple[tuple[str, ...], ...]
-    palette: tuple[tuple[int, int, int], ...]
-    templates: tuple[str, ...]
-
-    @property
-    def names(self) -> list[str]:
-        return [names[0] for names in self.synonyms]
-
-    def __len__(self) -> int:
-        return len(self.synonyms)
-
-
-def vocabulary(data: str, classes_file: str | None = None) -> Vocabulary:
-    """The classes of a dataset, or those of `classes_file` in its place. Raises ValueError, FileNotFoundError."""
-    if classes_file is not None:
-        return vocabulary_of(data, read_classes(Path(classes_file)))
-    if data in KNOWN:
-        return vocabulary_of(data, tuple((name,) for name in KNOWN[data][0]))
-    raise ValueError(f"--data {data}: expected {', '.join(KNOWN)}, or a folder of your own images together with --classes "
-                     "FILE, a text file with one class name a line (synonyms after commas); found no --classes.")
-
-
-def vocabulary_of(data: str, synonyms: tuple[tuple[str, ...], ...]) -> Vocabulary:
-    """Names with colours and query templates. A dataset's own classes keep its official colours."""
-    names, palette = KNOWN.get(data, ((), ()))
-    if [first for first, *_ in synonyms] != list(names):
-        palette = distinct_colours(len(synonyms))
-    return Vocabulary(synonyms, tuple(palette), tuple(toyland.TEMPLATES if data == "toyland" else QUERY_TEMPLATES))
-
-
-def read_classes(path: Path) -> tuple[tuple[str, ...], ...]:
-    """A text file with one class a line, synonyms after commas. Empty lines and lines from # on are passed over."""
-    if not path.is_file():
-        raise FileNotFoundError(f"--classes {path}: expected a text file with one class name a line, found no such file.")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--classes {path}: expected a UTF-8 text file, found other bytes ({error.reason}). "
-                         "Save it as UTF-8.") from error
-    return parse_classes([line for line in lines if line.strip() and not line.lstrip().startswith("#")],
-                         source=f"--classes {path}")
-
-
-def parse_classes(lines: list[str], source: str) -> tuple[tuple[str, ...], ...]:
-    """Lines of comma-separated synonyms → names per class. Raises ValueError unless there are 2 to 255 different ones."""
-    synonyms = tuple(tuple(name for name in (part.strip() for part in line.split(",")) if name) for line in lines)
-    if len(synonyms) < 2:
-        raise ValueError(f"{source}: expected at least two classes, found {len(synonyms)}. A class is told from the others: "
-                         "with one there is nothing to decide. Add what else is in the images (wall, grass, sky, …).")
-    if len(synonyms) > IGNORE:
-        raise ValueError(f"{source}: expected at most {IGNORE} classes (a label picture has 256 values), found {len(synonyms)}.")
-    seen: dict[tuple[int, ...], tuple[str, int]] = {}       # by what CLIP reads: letter case and extra spaces are nothing
-    for number, names in enumerate(synonyms, start=1):
-        if not names:
-            raise ValueError(f"{source}: expected a name for class {number}, found only commas. Name it or remove the line.")
-        for name in names:
-            tokens = tokens_of_name(name, source)
-            if tokens in seen:
-                other, where = seen[tokens]
-                same = "" if other.lower() == name.lower() else f": to CLIP it is the same as {other!r}"
-                raise ValueError(f"{source}: expected every name once, found {name!r} at class {where} and at class {number}"
-                                 f"{same}. Remove one of them.")
-            seen[tokens] = name, number
-    return synonyms
-
-
-def tokens_of_name(name: str, source: str) -> tuple[int, ...]:
-    """CLIP's tokens of a class name. Raises ValueError for one that cannot be said inside CLIP's 77 tokens."""
-    import clip
-    room = 77 - 2 - longest_template()
-    if any(unicodedata.category(letter) == "Cc" for letter in name) or "<|" in name:
-        raise ValueError(f"{source}: expected names in plain words, found {name[:80]!r} with control characters or one of CLIP's "
-                         "own marks in it.")
-    tokens = tuple(clip.encode(name)) if len(name) <= 500 else None             # the tokenizer is slow with endless words
-    if tokens is None or len(tokens) > room:
-        found = f"{len(name)} characters" if tokens is None else len(tokens)
-        raise ValueError(f"{source}: expected class names of at most {room} tokens, which fit into CLIP's 77 with a sentence "
-                         f"around them; found {found} in {name[:80]!r}. Shorten it.")
-    if not tokens:
-        raise ValueError(f"{source}: expected names that can be read, found {name!r} without a readable character.")
-    return tokens
-
-
-@functools.cache
-def longest_template() -> int:
-    """How many tokens the longest of the query's sentences has without a name."""
-    import clip
-    return max(len(clip.encode(template)) for template in QUERY_TEMPLATES) - 1
-
-
-def distinct_colours(count: int) -> list[tuple[int, int, int]]:
-    """Colours for a user's own classes: hues by the golden angle, in three shades."""
-    import colorsys
-    return [tuple(round(255 * value) for value in colorsys.hsv_to_rgb(i * 0.618 % 1, (0.85, 0.55, 0.95)[i % 3],
-                                                                       (0.95, 0.85, 0.6)[i // 2 % 3]))
-            for i in range(count)]
-
-
-# ------------------------------------------------------------------------------------------ where things lie
-
-def training_images(data: str, root: str) -> dict[str, Path]:
-    """The training images of a dataset: id → path, sorted by id. Opens no label.
-
-    Toyland is drawn first where it is not there, its validation scenes and their labels included.
-    """
-    if data == "toyland":
-        folder = toyland.draw_dataset(Path(root)) / "images" / "train"
-        return {f"train/{path.stem}": path for path in sorted(folder.glob("*.png"))}
-    if data in DATASETS:
-        return public_datasets.image_files(data, root, "train")
-    return images_in(Path(data))
-
-
-def validation_images(data: str, root: str) -> dict[str, Path]:
-    """The images that results are measured or shown on: id → path. A folder of your own: all of its images."""
-    if data == "toyland":
-        folder = toyland.draw_dataset(Path(root)) / "images" / "val"
-        return {f"val/{path.stem}": path for path in sorted(folder.glob("*.png"))}
-    if data in DATASETS:
-        return public_datasets.image_files(data, root, "val")
-    return images_in(Path(data))
-
-
-def images_in(folder: Path) -> dict[str, Path]:
-    """All images under a folder, also in its sub-folders: id (relative path without suffix) → path."""
-    refuse_missing_folder(folder)
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
-                   and not any(part.startswith(".") for part in path.relative_to(folder).parts))    # ._a.jpg, .thumbnails
-    if not paths:
-        raise ValueError(f"--data {folder}: expected images ({', '.join(sorted(IMAGE_SUFFIXES))}) in this folder, found none.")
-    found: dict[str, Path] = {}
-    for path in paths:
-        name = path.relative_to(folder).with_suffix("").as_posix()
-        if name in found:
-            raise ValueError(f"--data {folder}: expected every name once, since results are kept by name; found "
-                             f"{found[name].name} and {path.name}, which differ only in their suffix. Rename one.")
-        found[name] = path
-    refuse_labels_among(found, folder)
-    return found
-
-
-def refuse_missing_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"--data {folder}: expected toyland, voc, or a folder of images (also known: "
-                                f"{', '.join(list(DATASETS)[1:])}); found no folder of that name.")
-
-
-def refuse_labels_among(images: dict[str, Path], folder: Path) -> None:
-    """Raise ValueError for an index picture with the name of another image: a label, which no training may look at."""
-    by_stem: dict[str, list[Path]] = {}
-    for path in images.values():
-        by_stem.setdefault(path.stem, []).append(path)
-    for same in by_stem.values():
-        for path in same if len(same) > 1 else []:
-            if path.suffix.lower() == ".png" and mode_of(path) in ("P", "L", "1", "I;16", "I"):
-                other = next(other for other in same if other != path)
-                raise ValueError(f"--data {folder}: expected photographs alone, found {path}, an index picture with the name "
-                                 f"of {other}. It looks like a label: labels lie in a folder of their own, outside of this "
-                                 "one, and are named by evaluate.py --labels.")
-
-
-def mode_of(path: Path) -> str | None:
-    """Pillow's mode of an image file by its header; None for a file that cannot be read."""
-    try:
-        with Image.open(path) as image:
-            return image.mode
-    except Exception:                                   # whoever needs its pixels will say what is wrong
-        return None
-
-
-def readable(images: dict[str, Path]) -> tuple[dict[str, Path], dict[str, str]]:
-    """The images that can be decoded to their last byte, and of the others id → reason. For `--skip-broken`."""
-    broken: dict[str, str] = {}
-    for name, path in tqdm(images.items(), desc="looking for broken images", unit="image"):
-        try:
-            read_image(path)
-        except (ValueError, OSError) as error:
-            broken[name] = str(error)
-    return {name: path for name, path in images.items() if name not in broken}, broken
-
-
-# ------------------------------------------------------------------------------------------ files → tensors
-
-def read_image(path: Path) -> Image.Image:
-    """An image as RGB, turned upright if the camera says so. Raises ValueError naming a file that cannot be read."""
-    try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode[0] not in "IF":
-                return upright.convert("RGB")
-            values, mode = np.asarray(upright), upright.mode
-    except FileNotFoundError:
-        raise
-    except Exception as error:                          # Pillow raises nearly anything for a broken file
-        raise ValueError(f"{path}: expected an image, found a file that cannot be read ({error}). It may be "
-                         "truncated: fetch it again, take it out of the list, or add --skip-broken.") from error
-    if mode == "F" or mode == "I" and not (values.min() >= 0 and 255 < values.max() <= 65535):
-        raise ValueError(f"{path}: expected 8 or 16 bits, found {'floating-point' if mode == 'F' else '32-bit'} numbers from "
-                         f"{values.min()} to {values.max()}: nothing says which of them is white. Convert it.")
-    # 16-bit grey: Pillow's own conversion would make all above 255 white.
-    return Image.fromarray((values / 257).round().astype(np.uint8)).convert("RGB")
-
+# ------------------------------------------------------------------------------------------ images → tensors
 
 NORMALISE = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+LONGEST_SIDE = 2048                                  # [code] in pixels; a panorama stays below the short side
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -280,14 +53,11 @@ def to_tensor(image: Image.Image) -> Tensor:
     return NORMALISE(image).as_subclass(Tensor)
 
 
-LONGEST_SIDE = 2048                                     # [code] in pixels; a panorama of more stays below the short side
-
-
 def short_side_to(image: Image.Image, size: int, multiple: int = 1) -> Image.Image:
     """Resize so that the shorter side has `size` pixels, bilinear with antialiasing, as at training and test.
 
-    Both sides are rounded to a `multiple`, at least one of it: where that is the patch, no image is padded, and a patch's
-    prediction lies where the patch is. A side of more than LONGEST_SIDE pixels is made that long, whatever the other is.
+    Both sides are rounded to a `multiple`, at least one of it: where that is the patch, no image is padded,
+    and a patch's prediction lies where the patch is. No side becomes longer than LONGEST_SIDE pixels.
     """
     scale = min(size / min(image.size), LONGEST_SIDE / max(image.size))
     H, W = (multiple * max(1, round(scale * side / multiple)) for side in (image.height, image.width))
@@ -305,11 +75,12 @@ class RandomShortSide:
         return short_side_to(image, size)
 
 
-def augmentation(short_side: int, crop: int | tuple[int, int], scale: tuple[float, float], distort: bool) -> v2.Transform:
-    """The recipe's augmentation: PIL image → normalised (3, crop, crop). torchvision's transforms throughout.
+def augmentation(short_side: int, crop: tuple[int, int], scale: tuple[float, float],
+                 distort: bool) -> v2.Transform:
+    """The recipe's augmentation: PIL image → normalised (3, *crop). torchvision's transforms throughout.
 
-    Random scale (short side × U(scale)), photometric distortion, random flip, random crop. What the crop lacks is filled
-    after normalisation with zeros, that is with CLIP's mean colour.
+    Random scale (short side × U(scale)), photometric distortion, random flip, random crop. What the crop
+    lacks is filled after normalisation with zeros, that is with CLIP's mean colour.
     """
     low, high = (max(1, round(short_side * ratio)) for ratio in scale)
     return v2.Compose([
@@ -323,62 +94,108 @@ def augmentation(short_side: int, crop: int | tuple[int, int], scale: tuple[floa
     ])
 
 
-class TrainingImages(torch.utils.data.Dataset):
-    """Augmented images and their ids. It is given image paths alone and has no way to a label.
+class WholeImages(torch.utils.data.Dataset):
+    """Images as they are, resized to one short side: `(id, image (3, h, w))`. No labels, no augmentation."""
 
-    An item is asked for as `(epoch, index)` (see `training_batches`): its augmentation depends on seed, epoch and index
-    only, so neither the number of workers nor an interruption changes it.
+    def __init__(self, images: dict[str, Path], short_side: int):
+        self.ids, self.paths, self.short_side = list(images), list(images.values()), short_side
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> tuple[str, Tensor]:
+        image = short_side_to(image_files.read_image(self.paths[index]), self.short_side)
+        return self.ids[index], to_tensor(image)
+
+
+# ------------------------------------------------------------------------------------------ batches
+
+
+class TrainingImages(torch.utils.data.Dataset):
+    """Augmented images and the numbers of their rows. It is given image paths alone and has no way to a
+    label.
+
+    An item is asked for as `(epoch, index)` (see `training_batches`): its augmentation depends on seed, epoch
+    and index only, so neither the number of workers nor an interruption changes it.
     """
 
     def __init__(self, images: dict[str, Path], transform: v2.Transform, seed: int):
-        self.ids, self.paths = list(images), list(images.values())
-        self.transform, self.seed = transform, seed
+        self.paths, self.transform, self.seed = list(images.values()), transform, seed
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, when: tuple[int, int]) -> tuple[Tensor, str]:
+    def __getitem__(self, when: tuple[int, int]) -> tuple[Tensor, int]:
         epoch, index = when
-        image = read_image(self.paths[index])
+        image = image_files.read_image(self.paths[index])
         with random_state(seed_of(self.seed, "augmentation", epoch, index)):
-            return self.transform(image).as_subclass(Tensor), self.ids[index]
+            return self.transform(image).as_subclass(Tensor), index
 
 
 @contextlib.contextmanager
 def random_state(seed: int):
-    """torch's global generator, which torchvision's transforms draw from, seeded inside and as before outside."""
+    """torch's global generator, which torchvision's transforms draw from, seeded inside and as before
+    outside."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
 
 
 class StoredFeatures(torch.utils.data.Dataset):
-    """CLIP's features in the place of augmented images, the same in every epoch: `(Z (D, h, w) float32, id)`."""
+    """CLIP's features in the place of augmented images: `(Z (D, h, w) float32, row)`. For --cache-features.
 
-    def __init__(self, images: dict[str, Path], features: Tensor):
-        self.ids, self.features = list(images), features
+    CLIP looks at every image once, under its augmentation of epoch 0, and what it sees is kept as float16.
+    Another training: the pictures no longer vary. Raises ValueError where Z needs more room than the recipe
+    allows.
+    """
+
+    def __init__(self, setup: Setup, images: TrainingImages, recipe):
+        visual, room = setup.clip_model.visual, recipe.cache_features
+        shape = (len(images), visual.proj.shape[1], *(-(-side // visual.patch_size) for side in recipe.crop))
+        if (needed := 2 * math.prod(shape) / 1e9) > room:
+            raise ValueError(f"--cache-features {room:g}: expected room for {needed:.1f} GB, the features of "
+                             f"{len(images)} images, found {room:g}. Allow more, or leave the flag out.")
+        self.features = setup.kept(
+            "features", shape, lambda: self.look(setup, images, recipe.dense_path, shape), images.seed,
+                                   recipe.dense_path,
+            recipe.short_side, recipe.crop, recipe.scale, recipe.distort,
+                                   image_files.stamps_of(setup.training_images))
+
+    @torch.no_grad()
+    def look(self, setup: Setup, images: TrainingImages, path: str, shape: tuple[int, ...]) -> Tensor:
+        features = torch.empty(shape, dtype=torch.float16)
+        loader = torch.utils.data.DataLoader(images, batch_size=16,
+                                             sampler=[(0, row) for row in range(len(images))],
+                                             num_workers=setup.workers)
+        for batch, rows in tqdm(loader, desc="features", unit="×16"):
+            with machine.autocast(setup.device, setup.precision):
+                features[rows] = setup.clip_model.encode_dense(batch.to(setup.device), path).half().cpu()
+        return features
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.features)
 
-    def __getitem__(self, when: tuple[int, int]) -> tuple[Tensor, str]:
+    def __getitem__(self, when: tuple[int, int]) -> tuple[Tensor, int]:
         _, index = when
-        return self.features[index].float(), self.ids[index]
+        return self.features[index].float(), index
 
 
-def training_batches(dataset: TrainingImages | StoredFeatures, *, batch_size: int, first_step: int, steps: int, seed: int,
+def training_batches(dataset: TrainingImages | StoredFeatures, *, batch_size: int, first_step: int,
+                     steps: int, seed: int,
                      workers: int = 0):
-    """Batches `(images (B, 3, H, W), ids)` for the steps first_step..steps−1.
+    """Batches `(images (B, 3, H, W), rows (B,))` for the steps first_step..steps−1.
 
     Every epoch is a fresh permutation; a last batch that is not full is dropped (unless it is the only one).
     """
     batches = Batches(len(dataset), batch_size, first_step, steps, seed)
-    return torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers, worker_init_fn=ignore_ctrl_c,
+    return torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers,
+                                       worker_init_fn=ignore_ctrl_c,
                                        pin_memory=torch.cuda.is_available(), persistent_workers=False)
 
 
 def ignore_ctrl_c(_worker: int) -> None:
-    """Ctrl-C reaches every process of a run. A worker that died of it would keep the step from ending and being saved."""
+    """Ctrl-C reaches every process of a run. A worker that died of it would keep the step from ending and
+    being saved."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -390,7 +207,8 @@ class Batches:
     """Which image comes when: lists of (epoch, index), a function of the seed and the step alone."""
 
     def __init__(self, images: int, batch_size: int, first_step: int, steps: int, seed: int):
-        self.images, self.batch_size, self.first_step, self.steps, self.seed = images, batch_size, first_step, steps, seed
+        self.images, self.batch_size, self.first_step = images, batch_size, first_step
+        self.steps, self.seed = steps, seed
 
     def __len__(self) -> int:
         return self.steps - self.first_step
@@ -402,28 +220,167 @@ class Batches:
             if order_of != epoch:
                 order = np.random.default_rng(seed_of(self.seed, "order", epoch)).permutation(self.images)
                 order_of = epoch
-            yield [(epoch, int(index)) for index in order[place * self.batch_size:(place + 1) * self.batch_size]]
+            yield [(epoch, int(index))
+                   for index in order[place * self.batch_size:(place + 1) * self.batch_size]]
 
 
-# ------------------------------------------------------------------------------------------ a download
+# ---------------------------------------------------------------------------------------- what a run works on
 
-def download(data: str, root: str) -> None:
-    """Fetch PASCAL VOC 2012 under `root` unless it is there. Raises ValueError for the others, OSError when it fails.
 
-    The other public datasets ask for a registration or lie on slow mirrors: the error says what to unpack where.
+@dataclass
+class Setup:
+    """What a run works on: images, words, and the frozen CLIP. Made by `open_setup`."""
+    data: str                               # a name that datasets/ knows, or a folder's path
+    root: str                               # where datasets lie
+    vocabulary: words.Vocabulary
+    clip_model: clip.CLIP                   # frozen, on the device
+    clip_name: str
+    args: argparse.Namespace                # --out --cache --precision --workers --skip-broken --seed
+    skipped: list[str] = field(default_factory=list)        # ids of images that --skip-broken left out
+
+    @property
+    def device(self) -> torch.device:
+        return self.clip_model.device
+
+    @property
+    def precision(self) -> str:
+        return self.args.precision
+
+    @property
+    def workers(self) -> int:
+        return machine.workers_of(self.args.workers, self.device)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        return clip.fingerprint(self.clip_model)
+
+    def folder(self, stage: str) -> Path:
+        return runs.run_folder(self.args.out, self.data, stage)
+
+    @property
+    def cache(self) -> Path:
+        """Where query, votes and features are kept that another run would have to make again."""
+        return Path(self.args.cache) if self.args.cache else self.folder("cache")
+
+    def kept(self, name: str, shape: tuple[int, ...], make, *depends_on) -> Tensor:
+        """What `make` gives, from the cache if it was made there for the same words, weights and precision,
+        and with the same of whatever else it `depends_on`."""
+        key = (name, self.fingerprint, self.vocabulary.synonyms, self.vocabulary.templates, self.precision,
+               *depends_on)
+        return files.cached(self.cache, name, key, shape, make)
+
+    @functools.cached_property
+    def training_images(self) -> dict[str, Path]:
+        """id → path; without those that cannot be read if `--skip-broken` says so."""
+        return self.without_broken(image_files.training_images(self.data, self.root))
+
+    @functools.cached_property
+    def validation_images(self) -> dict[str, Path]:
+        if is_folder(self.data):                        # a folder of your own has one set of images
+            return self.training_images
+        return self.without_broken(image_files.validation_images(self.data, self.root))
+
+    def without_broken(self, images: dict[str, Path]) -> dict[str, Path]:
+        if not self.args.skip_broken:
+            return images
+        good, broken = image_files.readable(images)
+        self.skipped = list(broken)
+        print(f"--skip-broken: {len(broken)} of {len(images)} images are left out.")
+        for reason in broken.values():
+            print(f"  {reason}")
+        if not good:
+            raise ValueError(f"--data {self.data}: expected images, found none of {len(images)} that can be "
+                             "read.")
+        return good
+
+    def settings(self, system, recipe) -> dict:
+        """What the weights of a training depend on: a checkpoint holds it, and a run with other settings is
+        not resumed."""
+        return {"system": {"name": system.name, "command": system.command}, "data": self.data,
+                "root": self.root,
+                "synonyms": [list(names) for names in self.vocabulary.synonyms], "clip_name": self.clip_name,
+                "clip": self.fingerprint, "activation": self.clip_model.activation, "recipe": asdict(recipe),
+                "seed": self.args.seed, "precision": self.precision, "images": list(self.training_images)}
+
+    def header(self, stage: str, system, recipe) -> dict:
+        """What a training prints before it starts and keeps as recipe.json."""
+        return {"stage": stage, "system": system.name, "data": self.data, "images": len(self.training_images),
+                "skipped": self.skipped, "classes": len(self.vocabulary),
+                "clip": f"{self.clip_name} ({self.fingerprint}, {self.clip_model.activation})",
+                "device": str(self.device),
+                "precision": self.precision, "seed": self.args.seed, "versions": machine.versions(),
+                "recipe": asdict(recipe)}
+
+    def misfits(self, checkpoint: dict) -> dict[str, tuple]:
+        """What a checkpoint was made for that is another here: "class list" or "CLIP" → (expected, found)."""
+        synonyms, found = [list(names) for names in self.vocabulary.synonyms], checkpoint["settings"]
+        both = {"class list": (synonyms, found["synonyms"]), "CLIP": (self.fingerprint, found["clip"])}
+        return {what: pair for what, pair in both.items() if pair[0] != pair[1]}
+
+    def refuse_misfit(self, checkpoint: dict) -> None:
+        """Raise ValueError when a checkpoint was made for another class list or another CLIP."""
+        for what, (expected, found) in self.misfits(checkpoint).items():
+            runs.refuse_unless(checkpoint["path"], what, expected, found)
+
+
+def open_setup(args: argparse.Namespace, checkpoint: dict | None = None,
+               vocabulary: words.Vocabulary | None = None) -> Setup:
+    """What the flags name; what they leave open is as in `checkpoint`, else Toyland.
+
+    `vocabulary` replaces the flags' classes. Raises ValueError or FileNotFoundError, also when the class list
+    or CLIP's weights are not those of the checkpoint.
     """
-    if data not in DATASETS:
-        raise ValueError(f"--download: expected --data voc, the one dataset that can be fetched here; found {data}.")
-    try:
-        public_datasets.find(data, root)
-        return
-    except FileNotFoundError as missing:
-        if data != "voc":
-            raise ValueError(f"--download: expected --data voc, the one dataset that can be fetched here; found {data}. "
-                             f"{missing}") from None
-    from torchvision.datasets import VOCSegmentation
-    try:
-        VOCSegmentation(root, year="2012", image_set="train", download=True)
-    except RuntimeError as error:
-        raise OSError(f"PASCAL VOC 2012 could not be fetched ({error}). Try again, or unpack {DATASETS['voc'].archive} "
-                      f"under {root} yourself.") from error
+    known = checkpoint["settings"] if checkpoint else {}
+    # own words: not Toyland's
+    name = args.data or known.get("data", "toyland" if vocabulary is None else "photo")
+    if vocabulary is None and known and args.classes is None:
+        vocabulary = words.vocabulary_of(name, tuple(tuple(names) for names in known["synonyms"]))
+    if vocabulary is None:
+        vocabulary = words.vocabulary(name, args.classes)
+    device, root = machine.device_of(args.device), args.root or known.get("root", "data")
+    clip_name = args.clip or known.get("clip_name", "toyland" if name == "toyland" else "ViT-B/16")
+    if args.download:
+        image_files.download(name, root)
+    activation = args.activation or (known.get("activation") if clip_name == known.get("clip_name") else None)
+    model = small_clip().to(device) if clip_name == "toyland" else clip.load(clip_name, device, activation)[0]
+    if (tokens := model.token_embedding.num_embeddings) != clip.VOCABULARY:
+        raise ValueError(f"--clip {clip_name}: expected CLIP's vocabulary of {clip.VOCABULARY} tokens, found "
+                         f"{tokens}.")
+    model.requires_grad_(False)                                # frozen for ever: no gradient is even recorded
+    if args.compile:
+        for block in model.visual.transformer.resblocks:
+            block.compile()
+    setup = Setup(name, root, vocabulary, model, clip_name, args)
+    refuse_another_folder(setup)
+    if checkpoint:
+        setup.refuse_misfit(checkpoint)
+    return setup
+
+
+def recipe_for(setup: Setup, recipes: dict, numbers: dict[str, dict]):
+    """The recipe of a dataset (of "folder" for a folder), with a system's numbers, then with what the flags
+    say."""
+    name = setup.data
+    if not is_folder(name) and name not in recipes:
+        stage = type(recipes["folder"]).__module__
+        raise ValueError(f"--data {name}: expected a recipe for it in {stage}.py, found "
+                         f"{', '.join(recipes)}. Add a line to RECIPES there.")
+    own = {**numbers.get("any", {}), **numbers.get(name, {})}
+    recipe = replace(recipes.get(name, recipes["folder"]), **own)
+    return with_flags(recipe, setup.args, most=len(setup.training_images))
+
+
+def refuse_another_folder(setup: Setup) -> None:
+    """Raise ValueError when the run folder holds what was trained on another folder of images with the same
+    name."""
+    for stage in ("rectify", "distill"):
+        path = setup.folder(stage) / "checkpoint.pt"
+        if not path.exists():
+            continue
+        if is_folder(setup.data):
+            image_files.refuse_missing_folder(Path(setup.data))
+        known = runs.load(path, stage)["settings"]["data"]
+        if is_folder(setup.data) or is_folder(known):            # two public datasets have names of their own
+            expected, found = (str(Path(one).resolve()) if is_folder(one) else one
+                               for one in (setup.data, known))
+            runs.refuse_unless(path, "folder of images", expected=expected, found=found)

@@ -3,8 +3,9 @@
     python evaluate.py                         all stages of the newest run
     python evaluate.py --data photos --classes names.txt --labels photo_labels
 
-Opens labels (through ground_truth.py), after all training is done: the training scripts end by calling it. Reads the
-checkpoints of one run, writes runs/<data>/evaluate/metrics.json and a picture sheet, preview.png.
+Opens labels (through datasets/labels.py), after all training is done: rectify.py and distill.py end by
+calling it. Reads the checkpoints of one run, writes runs/<data>/evaluate/metrics.json and a picture sheet,
+preview.png.
 
     B images · C classes · H,W pixels of an image's own label · h,w a stage's grid
 """
@@ -12,59 +13,65 @@ checkpoints of one run, writes runs/<data>/evaluate/metrics.json and a picture s
 from __future__ import annotations
 
 import argparse
-import functools
 
-import runs
+from harness import errors, flags as common
 
 
 def flags() -> argparse.ArgumentParser:
-    parser = runs.common_flags(__doc__, training=False)
-    extra = parser.add_argument_group("evaluation")
-    extra.add_argument("--labels", metavar="DIR", default=None,
-                       help="index pictures of a folder of your own images: same names, .png, value = class, 255 ignored")
-    extra.add_argument("--prompt-denoising", type=runs.share, metavar="P", default=0.0,
-                       help="refinement, 0 is off: a class whose highest probability in an image stays under P is left out "
-                            "there. The released ReCLIP++ uses it with another P for every dataset")
-    extra.add_argument("--key-smoothing", type=runs.share, metavar="P", default=argparse.SUPPRESS,
-                       help="refinement, 0 is off: a patch whose best probability is under P takes over those of patches "
-                            "that CLIP's last block finds alike; not for the student, which has no CLIP (default: 0)")
+    parser = common.parser(__doc__, "labels")
+    refinements = parser.add_argument_group("refinements, 0 is off")
+    refinements.add_argument("--prompt-denoising", type=common.real(0, 1), metavar="P", default=0.0,
+                             help="a class whose highest probability in an image stays under P is left out "
+                                  "there. The released ReCLIP++ uses it with another P for every dataset "
+                                  "(default: 0)")
+    refinements.add_argument("--key-smoothing", type=common.real(0, 1), metavar="P", default=0.0,
+                             help="a patch whose best probability is under P takes over those of patches "
+                                  "that CLIP's last block finds alike; not for the student, which has no "
+                                  "CLIP (default: 0)")
     return parser
 
 
 if __name__ == "__main__":
     FLAGS = flags().parse_args()            # before torch is imported: --help answers at once
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
 import data
 import distill
-import ground_truth
 import rectify
 from clip.download import sha256
-from rectify import cached_query, query_logits
-from world import World, open_world
+from datasets import IGNORE, images as image_files, is_folder, labels as ground_truth
+from datasets.words import Vocabulary
+from harness import files, machine, runs
+from rectify import query_logits
 
-STAGES = {"vanilla": "vanilla CLIP", "maskclip": "MaskCLIP", "rectify": "ReCLIP++ rectified", "distill": "ReCLIP++ distilled"}
+STAGES = {"vanilla": "vanilla CLIP", "maskclip": "MaskCLIP", "rectify": "ReCLIP++ rectified",
+          "distill": "ReCLIP++ distilled"}
+ReCLIPpp = distill.System()                     # the only system that is known here; paper/ hands in others
 
 # ------------------------------------------------------------------------------------------ measures
 
 
 def confusion_matrix(true_label: Tensor, predicted: Tensor, classes: int) -> Tensor:
-    """How many pixels of class i (row) were called j (column): (C, C) int64. Pixels of value 255 are not counted.
+    """How many pixels of class i (row) were called j (column): (C, C) int64. Pixels of value 255 are not
+    counted.
 
-    true_label and predicted: integers of one shape, predictions in 0..C−1. Matrices of many images simply add up, so that
-    a dataset is measured image by image and no prediction is kept.
+    true_label and predicted: integers of one shape, predictions in 0..C−1. Matrices of many images simply add
+    up, so that a dataset is measured image by image and no prediction is kept.
     """
-    counted = true_label != data.IGNORE
+    counted = true_label != IGNORE
     pairs = true_label[counted].long() * classes + predicted[counted].long()
     return torch.bincount(pairs, minlength=classes * classes).view(classes, classes)
 
@@ -83,7 +90,8 @@ def measures(confusion: Tensor, names: list[str]) -> dict:
     pixel_accuracy: the share of counted pixels that are right. Raises ValueError when no pixel was counted.
     """
     if not confusion.any():
-        raise ValueError("expected labels that name a class in at least one pixel, found ignored pixels (255) alone.")
+        raise ValueError("expected labels that name a class in at least one pixel, found ignored pixels "
+                         "(255) alone.")
     iou = class_iou(confusion)
     percent = [None if value.isnan() else round(100 * value.item(), 2) for value in iou]
     return {"miou": round(100 * iou.nanmean().item(), 2),
@@ -95,214 +103,279 @@ def measures(confusion: Tensor, names: list[str]) -> dict:
 # ------------------------------------------------------------------------------------------ stages
 
 
-@dataclass
+@dataclass(frozen=True)
 class Predictor:
     """A stage at test time: what it makes of an image, and how large it wants to see it."""
     logits: Callable[[Tensor], Tensor]      # what `path` names → (B, C, h, w)
     short_side: int                         # as in its own training
-    path: str | None                        # of CLIP's dense features (B, D, h, w); None: of the images (B, 3, H, W)
-    ablation: str = "none"                  # of the recipe that it was trained with
+    path: str | None                 # of CLIP's dense features (B, D, h, w); None: of the images (B, 3, H, W)
+    system: str = "reclip++"                # which it was trained as
 
 
-kept_per_grid = functools.lru_cache(maxsize=64)     # for bias maps, which no image changes; photographs have many shapes
-
-
-def predictors(world: World, query: Tensor, stages: list[str]) -> dict[str, Predictor]:
+def predictors(setup: data.Setup, query: Tensor, stages: list[str],
+               system: distill.System = ReCLIPpp) -> dict[str, Predictor]:
     """One predictor for each of the named stages; trained ones are read from their checkpoints."""
-    found: dict[str, Predictor] = {}
-    recipe = rectify.recipe_of(world)
+    found, recipe = {}, stage_1_recipe(setup)
     for stage in stages:
-        if stage in ("vanilla", "maskclip"):
-            path = "vanilla" if stage == "vanilla" else recipe.dense_path
+        if stage == "vanilla" or stage == "maskclip":
+            path = recipe.dense_path if stage == "maskclip" else "vanilla"
             found[stage] = Predictor(lambda features: query_logits(features, query), recipe.short_side, path)
         elif stage == "rectify":
-            found[stage] = rectified(world, query)
+            found[stage] = rectified(setup, query, system)
         elif stage == "distill":
-            student_recipe, student = distill.load_student(world, query)
-            student.inherited.bias = kept_per_grid(student.inherited.bias)
-            found[stage] = Predictor(student.logits, student_recipe.short_side, None, student_recipe.ablation)
+            of_student, student = distill.load_student(setup, query, system)
+            found[stage] = Predictor(student.logits, of_student.short_side, None, system.name)
     return found
 
 
-def logits_of_all(world: World, found: dict[str, Predictor], image: Tensor) -> dict[str, Tensor]:
-    """Each stage's logits (1, C, h, w) of one image (1, 3, H, W). CLIP's image tower runs once for all of them."""
+def stage_1_recipe(setup: data.Setup) -> rectify.Recipe:
+    """The recipe of the run's rectification; where none was trained, the dataset's."""
+    path = setup.folder("rectify") / "checkpoint.pt"
+    if path.exists():
+        return runs.recipe_in(runs.load(path, "rectify"), rectify.Recipe)
+    return rectify.RECIPES.get(setup.data, rectify.RECIPES["folder"])
+
+
+def rectified(setup: data.Setup, query: Tensor, system: distill.System) -> Predictor:
+    """Stage 1's logits of features. The bias map depends on the grid alone: it is made once for every image
+    size."""
+    checkpoint = runs.load(setup.folder("rectify") / "checkpoint.pt", "rectify")
+    part = system.teacher or system
+    recipe, rectifier = rectify.load_rectifier(setup, checkpoint, part)
+    with torch.no_grad():
+        reference = rectify.reference_features(setup.clip_model, rectifier.prompt, setup.vocabulary.names)
+
+    @functools.lru_cache(maxsize=64)            # photographs have many shapes
+    def bias_at(h: int, w: int):
+        return rectifier.bias(setup.clip_model.visual.patch_positions(h, w), reference)
+
+    def of_features(features: Tensor) -> Tensor:
+        return rectifier(features, query, bias_at(*features.shape[-2:]))
+
+    def of_images(images: Tensor) -> Tensor:
+        return of_features(rectifier.encode(setup.clip_model, images, recipe.dense_path))
+
+    if rectifier.frozen_clip:
+        return Predictor(of_features, recipe.short_side, recipe.dense_path, part.name)
+    return Predictor(of_images, recipe.short_side, None, part.name)
+
+
+def logits_of_all(setup: data.Setup, found: dict[str, Predictor], image: Tensor) -> dict[str, Tensor]:
+    """Each stage's logits (1, C, h, w) of one image (1, 3, H, W). CLIP's image tower runs once for all of
+    them."""
     paths = {predictor.path for predictor in found.values()} - {None}
-    seen = world.clip_model.encode_dense_paths(image, paths) if paths else {}
-    return {stage: predictor.logits(seen.get(predictor.path, image)).float() for stage, predictor in found.items()}
+    seen = setup.clip_model.encode_dense_paths(image, paths) if paths else {}
+    return {stage: predictor.logits(seen.get(predictor.path, image)).float()
+            for stage, predictor in found.items()}
 
 
-def title(stage: str, ablation: str = "none") -> str:
-    return STAGES[stage] if ablation == "none" else f"{STAGES[stage].split()[-1]}, {ablation}"
+def title(stage: str, system: str) -> str:
+    return STAGES[stage] if system == ReCLIPpp.name else f"{STAGES[stage].split()[-1]}, {system}"
 
 
 def titled(found: dict[str, Predictor]) -> dict[str, Predictor]:
     """Predictors of stages under what stands above their columns."""
-    return {title(stage, predictor.ablation): predictor for stage, predictor in found.items()}
+    return {title(stage, predictor.system): predictor for stage, predictor in found.items()}
 
 
-def rectified(world: World, query: Tensor) -> Predictor:
-    """Stage 1's logits of features. The bias map depends on the grid alone: it is computed once for every image size."""
-    path = world.folder("rectify") / "checkpoint.pt"
-    recipe, rectifier = rectify.load_rectifier(world, rectify.load_checkpoint(path, "rectify"))
-    reference = rectify.reference_features(world.clip_model, rectifier.prompt, world.vocabulary.names)
-
-    @kept_per_grid
-    def bias_of(h: int, w: int) -> Tensor:
-        return rectifier.bias(world.clip_model.visual.patch_positions(h, w), reference)
-
-    def logits(features: Tensor) -> Tensor:
-        return rectifier(features, query, reference, bias_of(*features.shape[-2:]))
-
-    if not rectifier.frozen_clip:                   # an ablation with an image tower of its own
-        return Predictor(lambda images: logits(rectifier.encode(world.clip_model, images, recipe.dense_path)),
-                         recipe.short_side, None, recipe.ablation)
-
-    return Predictor(logits, recipe.short_side, recipe.dense_path, recipe.ablation)
-
-
-def existing_stages(world: World) -> list[str]:
-    """vanilla and maskclip always; rectify where its checkpoint is; distill if it is the student of that very teacher."""
-    teacher, student = (world.folder(stage) / "checkpoint.pt" for stage in ("rectify", "distill"))
+def existing_stages(setup: data.Setup) -> list[str]:
+    """vanilla and maskclip always; rectify where its checkpoint is; distill if it is the student of that
+    teacher."""
+    teacher, student = (setup.folder(stage) / "checkpoint.pt" for stage in ("rectify", "distill"))
     stages = ["vanilla", "maskclip"] + (["rectify"] if teacher.exists() else [])
     if not student.exists():
         return stages
-    checkpoint = rectify.load_checkpoint(student, "distill")
-    settings, other = checkpoint["settings"], list(world.misfits(checkpoint))
-    with runs.reading(student):
-        of_clip = settings["recipe"]["ablation"] == "maskclip+"             # a student that needs no rectification
-    if not other and not of_clip and teacher.exists() \
-            and settings["teacher"] != distill.teacher_of(rectify.load_checkpoint(teacher, "rectify")):
+    checkpoint = runs.load(student, "distill")
+    other = list(setup.misfits(checkpoint))
+    if not other and teacher.exists() and checkpoint["settings"].get("teacher") != \
+            distill.teacher_number(runs.load(teacher, "rectify")):
         other = [f"rectification than {teacher}"]
     if other:
-        print(f"{student} was made with another {' and another '.join(other)}: left out. Make it anew with: python distill.py")
+        print(f"{student} was made with another {' and another '.join(other)}: left out. Make it anew with: "
+              "python distill.py")
         return stages
     return [*stages, "distill"]
 
 
+# ------------------------------------------------------------------------------------------ logits → classes
+
+
 def predict(logits: Tensor, size: tuple[int, int], denoising: float = 0.0, scale: float = 1.0,
             smoothing: float = 0.0, keys: Tensor | None = None) -> Tensor:
-    """Logits (1, C, h, w) → class per pixel (H, W): bilinear up-sampling to the image's own size, then argmax. Sec. III-A.
+    """Logits (1, C, h, w) → class per pixel (H, W): bilinear up-sampling to the image's own size, then
+    argmax.
 
-    `denoising` > 0 leaves out the classes whose highest probability, softmax(scale · logits), stays under it anywhere in
-    the image, but never the best one. `smoothing` > 0, with keys (1, E, h, w): see `smooth`.
+    `denoising` > 0 leaves out the classes whose highest probability, softmax(scale · logits), stays under it
+    anywhere in the image, but never the best one. `smoothing` > 0, with keys (1, E, h, w): see `smooth`.
     """
     if denoising > 0:
-        best = (scale * logits).softmax(dim=1).amax(dim=(2, 3), keepdim=True)                     # (1, C, 1, 1)
+        best = (scale * logits).softmax(dim=1).amax(dim=(2, 3), keepdim=True)                   # (1, C, 1, 1)
         absent = (best < denoising) & (best < best.amax(dim=1, keepdim=True))
-        logits = logits.masked_fill(absent, -1e9)                       # not −∞: times a weight of 0 it would be NaN
+        logits = logits.masked_fill(absent, -1e9)                # not −∞: times a weight of 0 it would be NaN
     if smoothing > 0 and keys is not None:
         logits = smooth((scale * logits).softmax(dim=1), keys, smoothing)
     return best_class(logits, size)[0]
 
 
 def smooth(probability: Tensor, keys: Tensor, threshold: float) -> Tensor:
-    """MaskCLIP's key smoothing, its Eq. 5: pred_i ← Σ_j cos(k_i, k_j) pred_j where the best of pred_i is under `threshold`.
+    """MaskCLIP's key smoothing, its Eq. 5: pred_i ← Σ_j cos(k_i, k_j) pred_j where the best of pred_i is
+    under `threshold`.
 
-    probability (B, C, h, w), keys (B, E, h, w) of unit length → (B, C, h, w). Other patches keep their very numbers.
+    probability (B, C, h, w), keys (B, E, h, w) of unit length → (B, C, h, w). Other patches keep their very
+    numbers.
     """
     mixed = torch.einsum("bcj,bij->bci", probability.flatten(2), keys.flatten(2).mT @ keys.flatten(2))
-    unsure = probability.amax(dim=1, keepdim=True) < threshold                                    # (B, 1, h, w)
+    unsure = probability.amax(dim=1, keepdim=True) < threshold                                  # (B, 1, h, w)
     return torch.where(unsure, mixed.view_as(probability), probability)
 
 
-def best_class(logits: Tensor, size: tuple[int, int], scale: float | None = None, at_once: int = 16):
-    """Logits (1, C, h, w) → the best class of every pixel and, with a `scale`, its softmax(scale · logits): both (H, W).
+BUDGET = 2 ** 25                # numbers of an up-sampled map that are held at a time: 128 MiB
 
-    Up-sampled `at_once` classes at a time, which changes nothing but the memory: 150 classes at 2048×1024 pixels would be
-    1.2 GiB, and as much again for every step of a softmax.
+
+def best_class(logits: Tensor, size: tuple[int, int],
+               scale: float | None = None) -> tuple[Tensor, Tensor | None]:
+    """Logits (1, C, h, w), at most 255 classes → the best class of every pixel, uint8, and, with a `scale`,
+    its softmax(scale · logits): both (H, W).
+
+    A few classes at a time are up-sampled, which changes nothing but the memory: all 20 classes of a
+    photograph of 50 megapixels would be 4 GB, and as much again for every step of a softmax.
     """
-    best = torch.zeros(size, dtype=torch.int64, device=logits.device)
-    highest, total = (torch.full(size, -torch.inf, device=logits.device) for _ in range(2))
+    at_once = max(1, BUDGET // (size[0] * size[1]))
+    best = torch.zeros(size, dtype=torch.uint8, device=logits.device)
+    highest = torch.full(size, -torch.inf, device=logits.device)
+    total = None if scale is None else highest.clone()
     for first in range(0, logits.shape[1], at_once):
-        up = F.interpolate(logits[:, first:first + at_once], size=size, mode="bilinear", align_corners=False)[0]
-        value, which = up.max(dim=0)                                                              # (H, W) both
-        best = torch.where(value > highest, first + which, best)            # of equals the first, as argmax has it
+        few = logits[:, first:first + at_once]
+        up = F.interpolate(few, size=size, mode="bilinear", align_corners=False)[0]
+        value, which = up.max(dim=0)                                                             # (H, W) both
+        better = value > highest                                # where two are equal the first one stays
+        best = torch.where(better, which.to(torch.uint8) + first, best)
         highest = torch.maximum(highest, value)
         if scale is not None:
             total = torch.logaddexp(total, (scale * up).logsumexp(dim=0))
     return best, None if scale is None else (scale * highest - total).exp()
 
 
-# What [code] multiplies logits with before it asks how probable a class is: cosines by 100, the decoder's output by 10.
+# What [code] multiplies logits with before it asks how probable a class is: cosines by 100, decoder outputs
+# by 10.
 DENOISING_SCALE = {"vanilla": 100.0, "maskclip": 100.0, "rectify": 10.0, "distill": 10.0}
+
+# ------------------------------------------------------------------------------------------ over a dataset
+
+
+class LabelledImages(torch.utils.data.Dataset):
+    """`(id, image (3, h, w), true_label (H, W) int64)` of the images that have a label, which keeps its own
+    size."""
+
+    def __init__(self, images: dict[str, Path], labels: dict[str, Path], table, short_side: int,
+                 multiple: int = 1):
+        self.items = [(name, images[name], labels[name]) for name in images if name in labels]
+        self.table, self.short_side, self.multiple = table, short_side, multiple
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[str, Tensor, Tensor]:
+        name, image_path, label_path = self.items[index]
+        image = image_files.read_image(image_path)
+        label = ground_truth.read_label(label_path, self.table, size=(image.height, image.width))
+        image = data.short_side_to(image, self.short_side, self.multiple)
+        return name, data.to_tensor(image), torch.from_numpy(label)
 
 
 @torch.no_grad()
-def predictions(world: World, found: dict[str, Predictor], labels: dict[str, Path], denoising: float = 0.0,
-                smoothing: float = 0.0) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+def predictions(setup: data.Setup, found: dict[str, Predictor], labels: dict[str, Path],
+                denoising: float = 0.0, smoothing: float = 0.0) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
     """Labelled validation images one by one: `(true_label (H, W), {stage: predicted (H, W)})`.
 
     An image comes once for all stages of one short side, so twice where the student has another than CLIP.
     """
-    ground_truth.refuse_other_classes(world.name, world.vocabulary.names)
-    table, patch = ground_truth.lookup_table(world.name, len(world.vocabulary)), world.clip_model.visual.patch_size
+    ground_truth.refuse_other_classes(setup.data, setup.vocabulary.names)
+    table = ground_truth.lookup_table(setup.data, len(setup.vocabulary))
     for short_side in sorted({predictor.short_side for predictor in found.values()}):
-        of_size = {stage: predictor for stage, predictor in found.items() if predictor.short_side == short_side}
-        dataset = ground_truth.LabelledImages(world.validation_images, labels, table, short_side, patch)
-        loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=world.workers)
+        of_size = {stage: predictor for stage, predictor in found.items()
+                   if predictor.short_side == short_side}
+        dataset = LabelledImages(setup.validation_images, labels, table, short_side,
+                                 setup.clip_model.visual.patch_size)
+        loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=setup.workers)
         for _, image, true_label in tqdm(loader, desc="evaluating", unit="image"):
-            image, true_label = image[None].to(world.device), true_label.to(world.device)
-            with runs.autocast(world.device, world.precision):
-                logits = logits_of_all(world, of_size, image)
-            keys = world.clip_model.encode_keys(image) if smoothing > 0 else None
-            yield true_label, {stage: predict(one, tuple(true_label.shape), denoising, DENOISING_SCALE[stage], smoothing,
-                                              None if stage == "distill" else keys) for stage, one in logits.items()}
+            image, true_label = image[None].to(setup.device), true_label.to(setup.device)
+            with machine.autocast(setup.device, setup.precision):
+                logits = logits_of_all(setup, of_size, image)
+            keys = setup.clip_model.encode_keys(image) if smoothing > 0 else None
+            size = tuple(true_label.shape)
+            yield true_label, {stage: predict(one, size, denoising, DENOISING_SCALE[stage], smoothing,
+                                              None if stage == "distill" else keys)
+                               for stage, one in logits.items()}
 
 
-@torch.no_grad()
-def measure(world: World, found: dict[str, Predictor], labels: dict[str, Path], denoising: float = 0.0,
+def measure(setup: data.Setup, found: dict[str, Predictor], labels: dict[str, Path], denoising: float = 0.0,
             smoothing: float = 0.0) -> dict:
-    """Metrics of each stage on the labelled validation images."""
-    classes = len(world.vocabulary)
-    confusion = {stage: torch.zeros(classes, classes, dtype=torch.int64, device=world.device) for stage in found}
-    for true_label, of_stages in predictions(world, found, labels, denoising, smoothing):
+    """Metrics of each stage on the labelled validation images, with a fingerprint of what was measured."""
+    classes = len(setup.vocabulary)
+    confusion = {stage: torch.zeros(classes, classes, dtype=torch.int64, device=setup.device)
+                 for stage in found}
+    for true_label, of_stages in predictions(setup, found, labels, denoising, smoothing):
         for stage, predicted in of_stages.items():
             confusion[stage] += confusion_matrix(true_label, predicted, classes)
-    recipe, metrics = rectify.recipe_of(world), {}
-    for stage in found:
-        checkpoint = world.folder(stage) / "checkpoint.pt"
+    metrics = {}
+    for stage, predictor in found.items():
         refinements = {"prompt_denoising": denoising}
         if smoothing > 0 and stage != "distill":
             refinements["key_smoothing"] = smoothing
-        metrics[stage] = measures(confusion[stage].cpu(), world.vocabulary.names) | {"fingerprint": {
-            "stage": stage, "data": world.name, "images": len(labels), "classes": world.vocabulary.names,
-            "short_side": found[stage].short_side, "refinements": refinements, "ablation": found[stage].ablation,
-            "precision": world.precision, "clip": world.fingerprint, "dense_path": recipe.dense_path,
-            "weights": sha256(checkpoint)[:16] if checkpoint.exists() else None}}
+        measured_as = fingerprint(setup, stage, predictor, len(labels)) | {"refinements": refinements}
+        metrics[stage] = measures(confusion[stage].cpu(), setup.vocabulary.names) | {"fingerprint": measured_as}
     return metrics
 
 
-def after_training(world: World, stages: list[str], trained: str, query: Tensor) -> None:
-    """What a training script ends with: metrics.json and preview.png of its own stage; numbers if there are labels."""
-    labels = ground_truth.true_label_files(world.name, world.root, list(world.validation_images)) \
-        if ground_truth.labels_fit(world.name, world.vocabulary.names) else {}
-    folder, found = world.folder(trained), predictors(world, query, stages)
+def fingerprint(setup: data.Setup, stage: str, predictor: Predictor, images: int) -> dict:
+    """What a stage's numbers depend on besides the code."""
+    checkpoint = setup.folder(stage) / "checkpoint.pt"
+    return {"stage": stage, "system": predictor.system, "data": setup.data, "images": images,
+            "classes": setup.vocabulary.names, "short_side": predictor.short_side,
+            "precision": setup.precision, "clip": setup.fingerprint, "dense_path": stage_1_recipe(setup).dense_path,
+            "weights": sha256(checkpoint)[:16] if checkpoint.exists() else None}
+
+
+def after_training(setup: data.Setup, stage: str, system: distill.System = ReCLIPpp) -> None:
+    """What a training script ends with: metrics.json and preview.png of its own stage; numbers if there are
+    labels."""
+    query, folder = rectify.query_of(setup), setup.folder(stage)
+    stages = ["maskclip", "rectify"] if stage == "rectify" else ["rectify", "distill"]
+    found = predictors(setup, query, stages, system)
+    labels = ground_truth.true_label_files(setup.data, setup.root, list(setup.validation_images)) \
+        if ground_truth.labels_fit(setup.data, setup.vocabulary.names) else {}
     if labels:
-        metrics = measure(world, found, labels)
+        metrics = measure(setup, found, labels)
         print_table(metrics)
-        runs.write_json(folder / "metrics.json", metrics[trained])
+        files.write_json(folder / "metrics.json", metrics[stage])
     else:
-        print(f"No labels of {world.name} for these classes found: nothing to measure, which hindered no training.")
-    picture_sheet(world, titled(found), labels, folder / "preview.png")
-    print(f"Wrote {folder}/: checkpoint.pt, recipe.json, log.jsonl, {'metrics.json, ' if labels else ''}preview.png")
+        print(f"There are no labels of {setup.data} for these classes, so nothing is measured. Training "
+              "needed none.")
+    picture_sheet(setup, titled(found), labels, folder / "preview.png")
+    print(f"Wrote {folder}/: checkpoint.pt, recipe.json, log.jsonl, "
+          f"{'metrics.json, ' if labels else ''}preview.png")
+    following = "distill.py" if stage == "rectify" else "evaluate.py"
+    print(f"\nNext: python {following}{common.repeated(setup.args)}")
 
 
 def print_table(metrics: dict, per_class: bool = False) -> None:
     """The stages as rows; with `per_class` also every class's IoU, stages as columns."""
-    one = next(iter(metrics.values()))["fingerprint"]
-    sides = " and ".join(map(str, sorted({stage["fingerprint"]["short_side"] for stage in metrics.values()})))
-    print(f"\n{one['data']}: {one['images']} images, {len(one['classes'])} classes, short side {sides}, "
-          f"prompt denoising {one['refinements']['prompt_denoising'] or 'off'}, "
-          + (f"key smoothing {smoothing}, " if (smoothing := one["refinements"].get("key_smoothing")) else "")
-          + one["precision"])
-    titles = {stage: title(stage, found["fingerprint"].get("ablation", "none")) for stage, found in metrics.items()}
+    prints = [found["fingerprint"] for found in metrics.values()]
+    sides = " and ".join(map(str, sorted({one["short_side"] for one in prints})))
+    smoothing = prints[0]["refinements"].get("key_smoothing")
+    print(f"\n{prints[0]['data']}: {prints[0]['images']} images, {len(prints[0]['classes'])} classes, short "
+          f"side {sides}, prompt denoising {prints[0]['refinements']['prompt_denoising'] or 'off'}, "
+          + (f"key smoothing {smoothing}, " if smoothing else "") + prints[0]["precision"])
+    titles = {stage: title(stage, one["system"]) for stage, one in zip(metrics, prints)}
     width = max(20, *map(len, titles.values())) + 2
     print(f"{'':{width}}{'mIoU':>7}{'absent = 0':>12}{'pixel accuracy':>16}   (percent)")
     for stage, found in metrics.items():
-        print(f"{titles[stage]:{width}}{found['miou']:7.1f}{found['miou_absent_zero']:12.1f}{found['pixel_accuracy']:16.1f}")
+        print(f"{titles[stage]:{width}}{found['miou']:7.1f}{found['miou_absent_zero']:12.1f}"
+              f"{found['pixel_accuracy']:16.1f}")
     if per_class:
         print("\nIoU per class".ljust(23) + "".join(f"{stage:>10}" for stage in metrics))
-        for name in one["classes"]:
+        for name in prints[0]["classes"]:
             row = [found["per_class_iou"][name] for found in metrics.values()]
             print(f"{name:22}" + "".join(f"{'–' if value is None else f'{value:.1f}':>10}" for value in row))
 
@@ -318,38 +391,51 @@ def colour(classes: Tensor, palette) -> Image.Image:
 
 
 @torch.no_grad()
-def picture_sheet(world: World, columns: dict[str, Predictor], labels: dict[str, Path], path: Path,
+def picture_sheet(setup: data.Setup, columns: dict[str, Predictor], labels: dict[str, Path], path: Path,
                   rows: int = 6, height: int = 144) -> None:
-    """A row for each of some validation images: the image, every column's classes under its title, the truth if known; below,
-    a legend."""
-    images = world.validation_images
-    chosen = list(images)[::max(1, len(images) // rows)][:rows]
-    palette = world.vocabulary.palette
-    table = ground_truth.lookup_table(world.name, len(world.vocabulary)) if labels else None
-    patch, strips = world.clip_model.visual.patch_size, []
-    for name in chosen:
-        image = data.read_image(images[name])
-        size = (image.height, image.width)
-        logits = {}
+    """A row for each of some validation images: the image, every column's classes under its title, the truth
+    if known; below, a legend."""
+    images, palette = setup.validation_images, setup.vocabulary.palette
+    patch = setup.clip_model.visual.patch_size
+    table = ground_truth.lookup_table(setup.data, len(setup.vocabulary)) if labels else None
+    strips = []
+    for name in list(images)[::max(1, len(images) // rows)][:rows]:
+        image = image_files.read_image(images[name])
+        size, logits = (image.height, image.width), {}
         for short_side in {predictor.short_side for predictor in columns.values()}:
-            of_size = {column: predictor for column, predictor in columns.items() if predictor.short_side == short_side}
-            tensor = data.to_tensor(data.short_side_to(image, short_side, patch))[None].to(world.device)
-            with runs.autocast(world.device, world.precision):
-                logits |= logits_of_all(world, of_size, tensor)
+            of_size = {column: one for column, one in columns.items() if one.short_side == short_side}
+            tensor = data.to_tensor(data.short_side_to(image, short_side, patch))[None].to(setup.device)
+            with machine.autocast(setup.device, setup.precision):
+                logits |= logits_of_all(setup, of_size, tensor)
         tiles = [image, *(colour(predict(logits[column], size), palette) for column in columns)]
         if labels:
-            truth = ground_truth.read_label(labels[name], table, size) if name in labels else np.full(size, data.IGNORE)
+            truth = np.full(size, IGNORE)
+            if name in labels:
+                truth = ground_truth.read_label(labels[name], table, size)
             tiles.append(colour(torch.from_numpy(truth), palette))
         strips.append(tiles)
-    titles = ["image", *columns, *(["truth"] if labels else [])]
-    runs.write_atomically(path, lambda file: sheet(strips, titles, world.vocabulary, height).save(file, format="PNG"))
+    page = sheet(strips, ["image", *columns, *(["truth"] if labels else [])], setup.vocabulary, height)
+    files.write_atomically(path, lambda file: page.save(file, format="PNG"))
 
 
-def sheet(strips: list[list[Image.Image]], titles: list[str], vocabulary: data.Vocabulary, height: int) -> Image.Image:
+FONT = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")    # Latin, Greek, Cyrillic and more
+
+
+def drawable(names: list[str]) -> list[str]:
+    """Names as a legend can show them: one in a script that the font lacks becomes "class 3", counted from
+    0."""
+    known = FT2Font(str(FONT)).get_charmap()
+    return [name if all(ord(letter) in known for letter in name) else f"class {number}"
+            for number, name in enumerate(names)]
+
+
+def sheet(strips: list[list[Image.Image]], titles: list[str], vocabulary: Vocabulary,
+          height: int) -> Image.Image:
     """Rows of pictures of one height under their titles, with a legend of all classes at the foot."""
-    font, gap = ImageFont.load_default(13), 6
+    font, gap = ImageFont.truetype(str(FONT), 12), 6
 
-    def shown(tile: Image.Image) -> tuple[int, int]:            # a panorama is made less high, so that the page stays a page
+    # a panorama is made less high, so that the page stays a page
+    def shown(tile: Image.Image) -> tuple[int, int]:
         scale = min(height / tile.height, 4 * height / tile.width)
         return max(1, round(scale * tile.width)), max(1, round(scale * tile.height))
 
@@ -357,7 +443,7 @@ def sheet(strips: list[list[Image.Image]], titles: list[str], vocabulary: data.V
               for k in range(len(titles))]
     width = sum(widths) + gap * (len(widths) + 1)
     entries, x, y = [], gap, 0                                  # the legend, broken into lines
-    for name, rgb in zip(vocabulary.names, vocabulary.palette):
+    for name, rgb in zip(drawable(vocabulary.names), vocabulary.palette):
         length = 20 + round(font.getlength(name)) + 14
         if x + length > width and x > gap:
             x, y = gap, y + 20
@@ -367,54 +453,54 @@ def sheet(strips: list[list[Image.Image]], titles: list[str], vocabulary: data.V
     page = Image.new("RGB", (width, foot + y + 26), "white")
     pen = ImageDraw.Draw(page)
     x = gap
-    for k, title in enumerate(titles):
-        pen.text((x, 5), title, fill="black", font=font)
+    for k, title_above in enumerate(titles):
+        pen.text((x, 5), title_above, fill="black", font=font)
         for row, strip in enumerate(strips):
-            tile = strip[k]
             resample = Image.Resampling.BILINEAR if k == 0 else Image.Resampling.NEAREST
-            page.paste(tile.resize(shown(tile), resample), (x, top + row * (height + gap)))
+            page.paste(strip[k].resize(shown(strip[k]), resample), (x, top + row * (height + gap)))
         x += widths[k] + gap
     for x, y, name, rgb in entries:
         pen.rectangle((x, foot + y + 2, x + 14, foot + y + 16), fill=tuple(rgb), outline="gray")
-        pen.text((x + 19, foot + y), name, fill="black", font=font)
+        pen.text((x + 19, foot + y + 1), name, fill="black", font=font)
     return page
 
 
 # ------------------------------------------------------------------------------------------ the run
 
 
-def refuse_labels_of(world: World, labels: str | None) -> None:
+def refuse_labels_of(setup: data.Setup, labels: str | None) -> None:
     """Raise ValueError for `--labels` beside a dataset that has labels of its own."""
-    if labels is not None and not runs.is_folder(world.name):
-        raise ValueError(f"--labels {labels}: expected --data FOLDER, your own images; found {world.name}, which has labels of "
-                         "its own. Leave --labels out.")
+    if labels is not None and not is_folder(setup.data):
+        raise ValueError(f"--labels {labels}: expected --data FOLDER, your own images; found {setup.data}, "
+                         "which has labels of its own. Leave --labels out.")
 
 
-def main(args: argparse.Namespace) -> dict:
-    """Measure all stages of the newest run (or of `--data`), write metrics.json and preview.png, return the metrics."""
-    world = open_world(args, rectify.newest_run(args))
-    refuse_labels_of(world, args.labels)
-    runs.refuse_folders(world.folder("evaluate"), "metrics.json", "preview.png")
-    query = cached_query(world)
-    labels = ground_truth.true_label_files(world.name, world.root, list(world.validation_images), args.labels)
+def main(args: argparse.Namespace, system: distill.System = ReCLIPpp) -> dict:
+    """Measure all stages of the newest run (or of `--data`), write metrics.json and preview.png, return the
+    metrics."""
+    setup = data.open_setup(args, runs.find(args.out, args.data, "rectify", "distill"))
+    refuse_labels_of(setup, args.labels)
+    folder, query = setup.folder("evaluate"), rectify.query_of(setup)
+    files.refuse_folders(folder, "metrics.json", "preview.png")
+    labels = ground_truth.true_label_files(setup.data, setup.root, list(setup.validation_images), args.labels)
     if not labels:
-        raise ValueError(f"{world.name}: expected labels of its validation images to measure against, found none. For a "
-                         "folder of your own pass --labels DIR; to see results without labels use segment.py.")
-    stages = existing_stages(world)
+        raise ValueError(f"{setup.data}: expected labels of its validation images to measure against, found "
+                         "none. For a folder of your own pass --labels DIR; to see results without labels "
+                         "use segment.py.")
     for stage in ("rectify", "distill"):
-        if not (world.folder(stage) / "checkpoint.pt").exists():
-            print(f"No checkpoint of {stage} in {world.folder(stage)}: left out. Make it with: python {stage}.py "
-                  f"--data {world.name}{runs.repeated(args)}")
-    found = predictors(world, query, stages)
-    metrics = measure(world, found, labels, args.prompt_denoising, getattr(args, "key_smoothing", 0.0))
+        if not (setup.folder(stage) / "checkpoint.pt").exists():
+            print(f"No checkpoint of {stage} in {setup.folder(stage)}: left out. Make it with: python "
+                  f"{stage}.py --data {setup.data}{common.repeated(args)}")
+    found = predictors(setup, query, existing_stages(setup), system)
+    metrics = measure(setup, found, labels, args.prompt_denoising, args.key_smoothing)
     print_table(metrics, per_class=True)
-    folder = world.folder("evaluate")
-    runs.write_json(folder / "metrics.json", metrics)
-    picture_sheet(world, titled(found), labels, folder / "preview.png")
-    print(f"\nWrote {folder}/: metrics.json, preview.png\nNext: python segment.py YOUR_PHOTO.jpg{runs.repeated(args)}")
+    files.write_json(folder / "metrics.json", metrics)
+    picture_sheet(setup, titled(found), labels, folder / "preview.png")
+    print(f"\nWrote {folder}/: metrics.json, preview.png\n"
+          f"Next: python segment.py YOUR_PHOTO.jpg{common.repeated(args)}")
     return metrics
 
 
 if __name__ == "__main__":
-    with runs.errors_in_one_paragraph():
+    with errors.one_paragraph(FLAGS.debug):
         main(FLAGS)

@@ -3,10 +3,12 @@
     python segment.py photo.jpg --classes "cat, sofa, wall"
     python segment.py photo.jpg                the classes and the best stage of the newest run
     python segment.py                          a validation image of the newest run, else a scene of Toyland
+    python segment.py --export student.onnx    the distilled student for use elsewhere, without CLIP
 
-Words for which nothing was trained are segmented by MaskCLIP, which needs no training; to rectify and distil them, give
-rectify.py a folder of such photographs. Writes <out>/segment/<photo>_overlay.png (classes over the photo, with a legend)
-and <photo>_index.png (class numbers in the order of the words, 255 = background). Reads no label.
+Words for which nothing was trained are segmented by MaskCLIP, which needs no training; to rectify and distil
+them, give rectify.py a folder of such photographs. Writes <out>/segment/<photo>_overlay.png (classes over the
+photo, with a legend) and <photo>_index.png (class numbers in the order of the words, 255 = background). Reads
+no label.
 """
 
 from __future__ import annotations
@@ -14,43 +16,54 @@ from __future__ import annotations
 import argparse
 import os
 
-import runs
+from harness import errors, flags as common
 
 
 def flags() -> argparse.ArgumentParser:
-    parser = runs.common_flags(__doc__, training=False)
-    parser.add_argument("photo", nargs="?", metavar="PHOTO", help="an image file (default: a validation image of the newest run, else a scene of Toyland)")
+    parser = common.parser(__doc__)
+    parser.add_argument("photo", nargs="?", type=common.path, metavar="PHOTO",
+                        help="an image file (default: a validation image of the newest run, else a scene of "
+                             "Toyland)")
     extra = parser.add_argument_group("segmentation")
-    extra.add_argument("--stage", choices=("auto", "vanilla", "maskclip", "rectify", "distill"), default="auto",
-                       help="auto: the furthest stage that was trained for these classes")
+    extra.add_argument("--stage", choices=("auto", "vanilla", "maskclip", "rectify", "distill"),
+                       default="auto",
+                       help="auto: the furthest stage that was trained for these classes (default: auto)")
     extra.add_argument("--background", metavar="MODE", default="none",
-                       help='none: every pixel gets a class; "words: floor, ceiling": further words whose pixels count as '
-                            'background (needs MaskCLIP or vanilla); "threshold: 0.5": pixels whose best class has less '
-                            "probability than that")
+                       help='none: every pixel gets a class; "words: floor, ceiling": further words whose '
+                            'pixels count as background (needs MaskCLIP or vanilla); "threshold: 0.5": '
+                            'pixels whose best class has '
+                            "less probability than that (default: none)")
+    extra.add_argument("--export", type=common.path, metavar="FILE",
+                       help="write the distilled student, without CLIP, as FILE.pt2 (torch.export) or "
+                            "FILE.onnx (needs onnx and onnxscript), and segment nothing")
     return parser
 
 
 if __name__ == "__main__":
     FLAGS = flags().parse_args()            # before torch is imported: --help answers at once
 
+import copy
+import json
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 import data
 import evaluate
 import rectify
-from rectify import cached_query
-from world import open_world
+from datasets import IGNORE, words as class_lists
+from datasets.images import read_image
+from harness import files, machine, runs
 
 # ------------------------------------------------------------------------------------------ background
 
 
 def parse_background(mode: str) -> tuple[str, list[str] | float | None]:
-    """`--background` → ("none", None), ("words", [names]) or ("threshold", p). Raises ValueError for anything else."""
+    """`--background` → ("none", None), ("words", [names]) or ("threshold", p). Raises ValueError for anything
+    else."""
     kind, _, rest = mode.partition(":")
     kind, rest = kind.strip(), rest.strip()
     if kind == "none" and not rest:
@@ -64,115 +77,256 @@ def parse_background(mode: str) -> tuple[str, list[str] | float | None]:
                 return "threshold", float(rest)
         except ValueError:
             pass
-    raise ValueError(f'--background: expected none, "words: floor, ceiling" or "threshold: 0.5" (between 0 and 1); found {mode!r}.')
+    raise ValueError('--background: expected none, "words: floor, ceiling" or "threshold: 0.5" (between 0 '
+                     'and 1); '
+                     f"found {mode!r}.")
 
 
-def segment(logits: Tensor, size: tuple[int, int], classes: int, scale: float, threshold: float | None) -> Tensor:
-    """Logits (1, K, h, w) → classes (H, W) in 0..classes−1, or 255 for background.
+def segment(logits: Tensor, size: tuple[int, int], classes: int, scale: float,
+            threshold: float | None) -> Tensor:
+    """Logits (1, K, h, w) → classes (H, W) uint8 in 0..classes−1, or 255 for background.
 
-    The K − classes last channels are background words. A threshold in (0, 1) makes background of every pixel whose highest
-    softmax(scale · logits) is under it.
+    The K − classes last channels are background words. A threshold in (0, 1) makes background of every pixel
+    whose highest softmax(scale · logits) is under it.
     """
-    best, probability = evaluate.best_class(logits, size, scale)                                  # (H, W) both
+    best, probability = evaluate.best_class(logits, size, None if threshold is None else scale)  # (H, W) both
     background = best >= classes
     if threshold is not None:
         background |= probability < threshold
-    return best.masked_fill(background, data.IGNORE)
+    return best.masked_fill(background, IGNORE)
 
 
-def overlay(image: Image.Image, classes: Tensor, palette) -> Image.Image:
-    """The photo, half covered by its classes' colours; background stays as it is."""
-    painted = np.asarray(evaluate.colour(classes, palette), dtype=np.float32)
-    photo = np.asarray(image, dtype=np.float32)
-    covered = (classes.cpu().numpy() != data.IGNORE)[..., None]
+def overlay(image: Image.Image, index: Image.Image, palette) -> Image.Image:
+    """The photo, half covered by its classes' colours; background stays as it is. Both of one size."""
+    classes, photo = np.asarray(index), np.asarray(image, dtype=np.float32)
+    painted = np.asarray(evaluate.colour(torch.from_numpy(classes.copy()), palette), dtype=np.float32)
+    covered = (classes != IGNORE)[..., None]
     return Image.fromarray(np.where(covered, 0.45 * photo + 0.55 * painted, photo).astype(np.uint8))
+
+
+# ----------------------------------------------------------------------------------- in a program of your own
+
+
+class Segmenter:
+    """A trained run, or MaskCLIP with your words, in a program of your own. Keywords are the flags of this
+    script.
+
+        from segment import Segmenter
+        segmenter = Segmenter(out="runs")          # or data="voc", stage="rectify", classes="cat, sofa, wall"
+        # (H, W) uint8: numbers of segmenter.names, 255 background
+        classes = segmenter(Image.open("photo.jpg"))
+
+    A list of images gives a list. Raises ValueError, FileNotFoundError as segment.py does, TypeError for
+    another keyword.
+    """
+
+    def __init__(self, **keywords):
+        args = flags().parse_args([])
+        if unknown := set(keywords) - set(vars(args)):
+            raise TypeError(f"Segmenter: expected {', '.join(vars(args))}, found "
+                            f"{', '.join(sorted(unknown))}.")
+        self.prepare(argparse.Namespace(**vars(args) | keywords))
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Segmenter:
+        return cls(**vars(args))
+
+    def prepare(self, args: argparse.Namespace) -> None:
+        """Find the run and the stage, open CLIP, and build what predicts."""
+        kind, value = parse_background(args.background)
+        checkpoint = runs.find(args.out, args.data, "rectify", "distill")
+        words = wanted_vocabulary(args, checkpoint)
+        if words is not None and checkpoint is not None \
+                and [list(names) for names in words.synonyms] != checkpoint["settings"]["synonyms"]:
+            checkpoint, words = None, wanted_vocabulary(args, None)            # nothing was trained for these
+        if checkpoint is None and words is None and args.data is None and args.photo is not None:
+            raise ValueError("segment.py: expected words to look for; found no --classes and no trained "
+                             "run. For "
+                             f'instance: python segment.py {args.photo} --classes "cat, sofa, wall"')
+        self.setup = setup = data.open_setup(args, checkpoint, vocabulary=words)
+        self.names, self.palette = setup.vocabulary.names, setup.vocabulary.palette
+        stages = evaluate.existing_stages(setup) if checkpoint else ["vanilla", "maskclip"]
+        self.stage = stage = stages[-1] if args.stage == "auto" else args.stage
+        if stage not in stages:
+            raise ValueError(f"--stage {stage}: expected a checkpoint trained for the classes "
+                             f"{', '.join(self.names[:8])}; found none under {args.out}. Stages at hand: "
+                             f"{', '.join(stages)}. To train: python rectify.py --data FOLDER --classes FILE")
+        queried = setup.vocabulary if kind != "words" else with_background(setup.vocabulary, value, stage)
+        query = rectify.query_of(setup) if checkpoint and kind != "words" \
+            else rectify.query_features(setup.clip_model, queried)
+        self.threshold = value if kind == "threshold" else None
+        self.found = evaluate.predictors(setup, query, [stage])
+        self.title = evaluate.title(stage, self.found[stage].system)
+
+    @torch.no_grad()
+    def __call__(self, image: Image.Image | list[Image.Image]) -> np.ndarray | list[np.ndarray]:
+        """A PIL image of any size and mode → (H, W) uint8."""
+        if isinstance(image, list):
+            return [self(one) for one in image]
+        setup, predictor = self.setup, self.found[self.stage]
+        small = data.short_side_to(image.convert("RGB"), predictor.short_side,
+                                   setup.clip_model.visual.patch_size)
+        with machine.autocast(setup.device, setup.precision):
+            logits = evaluate.logits_of_all(setup, self.found,
+                                            data.to_tensor(small)[None].to(setup.device))[self.stage]
+        return segment(logits, (image.height, image.width), len(self.names),
+                       evaluate.DENOISING_SCALE[self.stage],
+                       self.threshold).cpu().numpy()
+
+    def export(self, path: str | Path) -> Path:
+        """Write the distilled student, without CLIP, as a .pt2 (torch.export) or .onnx file. It takes (1, 3,
+        H, W) of any size, RGB from 0 to 1, and gives logits (1, C, ⌈H/8⌉, ⌈W/8⌉); its metadata says the
+        classes and the rest.
+
+        Raises ValueError for another stage or ending, and where a package that .onnx needs is missing.
+        """
+        path = Path(path)
+        if self.stage != "distill":
+            raise ValueError(f"--export {path}: expected a distilled student, found the stage {self.stage}, "
+                             "which needs CLIP. Make one with: python distill.py")
+        if path.suffix not in (".pt2", ".onnx"):
+            raise ValueError(f"--export {path}: expected a name that ends with .pt2 or .onnx, found "
+                             f"{path.suffix!r}.")
+        student = Exported(self.found["distill"].logits.__self__).cpu().eval()
+        image, side = torch.rand(1, 3, 96, 128), torch.export.Dim.AUTO
+        program = torch.export.export(student, (image,), dynamic_shapes=({2: side, 3: side},))
+        about = self.metadata()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".pt2":
+            torch.export.save(program, path, extra_files={"metadata.json": json.dumps(about, indent=1)})
+            return path
+        try:
+            import onnx
+            import onnxscript  # noqa: F401 - torch.onnx works through it
+        except ImportError as missing:
+            raise ValueError(f"--export {path}: expected the packages onnx and onnxscript, found no "
+                             f"{missing.name}. pip install onnx onnxscript, or export to .pt2.") from None
+        torch.onnx.export(program, (image,), path, input_names=["image"], output_names=["logits"],
+                          dynamic_shapes=({2: "height", 3: "width"},), dynamo=True, external_data=False)
+        model = onnx.load(path)
+        onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in about.items()})
+        onnx.save(model, path)
+        return path
+
+    def metadata(self) -> dict:
+        """What a program needs to know to use an exported student as segment.py does."""
+        return {"classes": self.names, "colours": [list(rgb) for rgb in self.palette],
+                "short_side": self.found[self.stage].short_side,
+                "multiple": self.setup.clip_model.visual.patch_size,
+                "longest_side": data.LONGEST_SIDE,
+                "before": "resize the image (bilinear, antialiased) so that its shorter side has short_side "
+                          "pixels and no side more than longest_side; round both sides to a multiple of "
+                          "`multiple`; RGB, 0 to 1",
+                "after": "resize the logits (bilinear, align_corners=False) to the image's own size; argmax over "
+                         "dim 1"}
+
+
+class Exported(torch.nn.Module):
+    """A student that takes RGB from 0 to 1: CLIP's mean and standard deviation inside."""
+
+    def __init__(self, student: torch.nn.Module):
+        super().__init__()
+        self.student = copy.deepcopy(student)
+        self.register_buffer("mean", torch.tensor(data.MEAN).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(data.STD).view(3, 1, 1))
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.student.logits((image - self.mean) / self.std)
 
 
 # ------------------------------------------------------------------------------------------ the run
 
 
-def wanted_vocabulary(args: argparse.Namespace, checkpoint: dict | None) -> data.Vocabulary | None:
+def wanted_vocabulary(args: argparse.Namespace, checkpoint: dict | None) -> class_lists.Vocabulary | None:
     """The words of `--classes`, a file or a comma-separated list; None: those of the newest run."""
-    if not hasattr(args, "classes"):
+    if args.classes is None:
         return None
-    name = checkpoint["settings"]["world"]["data"] if checkpoint else getattr(args, "data", "photo")
-    if os.path.isfile(args.classes):            # Path.is_file would stumble over a list longer than a file name can be
-        return data.vocabulary(name, args.classes)
-    if "," not in args.classes:                 # one word has nothing to be told from: a file's name, mistyped
-        raise ValueError(f"--classes {args.classes}: expected a text file with one class name a line, or at least two words "
-                         "with commas between them; found no such file and one word.")
-    words = [word for word in args.classes.split(",") if word.strip()]
-    return data.vocabulary_of(name, data.parse_classes(words, source="--classes"))
+    name = checkpoint["settings"]["data"] if checkpoint else args.data or "photo"
+    if os.path.isfile(args.classes):   # Path.is_file would stumble over a list longer than a file name can be
+        return class_lists.vocabulary(name, args.classes)
+    if "," not in args.classes:             # one word has nothing to be told from: a file's name, mistyped
+        raise ValueError(f"--classes {args.classes}: expected a text file with one class name a line, or at "
+                         "least two words with commas between them; found no such file and one word.")
+    given = [word for word in args.classes.split(",") if word.strip()]
+    return class_lists.vocabulary_of(name, class_lists.parse_classes(given, source="--classes"))
+
+
+def with_background(vocabulary: class_lists.Vocabulary, further: list[str],
+                    stage: str) -> class_lists.Vocabulary:
+    """The classes and, behind them, the words whose pixels are background. Raises ValueError for a trained
+    stage."""
+    if stage in ("rectify", "distill"):
+        raise ValueError(f"--background words: expected the stage maskclip or vanilla, found {stage}, which "
+                         f"knows the {len(vocabulary)} classes it was trained with and no further words. Add "
+                         "--stage maskclip, train with the background among the classes, or use a "
+                         "threshold.")
+    synonyms = vocabulary.synonyms + tuple((name,) for name in further)
+    class_lists.parse_classes([", ".join(names) for names in synonyms], source="--classes and --background")
+    return class_lists.Vocabulary(synonyms, vocabulary.palette, vocabulary.templates)
 
 
 def main(args: argparse.Namespace) -> Path:
-    """Segment one photo and return the overlay's path."""
-    kind, value = parse_background(args.background)
-    photo = None if args.photo is None else data.read_image(Path(args.photo))
-    checkpoint = rectify.newest_run(args)
-    words = wanted_vocabulary(args, checkpoint)
-    if words is not None and checkpoint is not None:
-        trained = [list(names) for names in words.synonyms] == checkpoint["settings"]["world"]["synonyms"]
-        if not trained:
-            checkpoint, words = None, wanted_vocabulary(args, None)
-    if checkpoint is None and photo is not None and words is None and not hasattr(args, "data"):
-        raise ValueError('segment.py: expected words to look for; found no --classes and no trained run. For instance: '
-                         f'python segment.py {args.photo} --classes "cat, sofa, wall"')
-    world = open_world(args, checkpoint, vocabulary=words)
-    names = world.vocabulary.names
-    stages = evaluate.existing_stages(world) if checkpoint else ["vanilla", "maskclip"]
-    stage = stages[-1] if args.stage == "auto" else args.stage
-    if stage not in stages:
-        raise ValueError(f"--stage {stage}: expected a checkpoint trained for the classes {', '.join(names[:8])}; found none "
-                         f"under {world.out}. Stages at hand: {', '.join(stages)}. To train: python rectify.py --data FOLDER "
-                         "--classes FILE")
-    if kind == "words":
-        if stage in ("rectify", "distill"):
-            raise ValueError(f"--background words: expected the stage maskclip or vanilla, found {stage}, which knows the "
-                             f"{len(names)} classes it was trained with and no further words. Add --stage maskclip, train with "
-                             "the background among the classes, or use a threshold.")
-        queried = data.Vocabulary(world.vocabulary.synonyms + tuple((name,) for name in value), world.vocabulary.palette,
-                                  world.vocabulary.templates)
-        data.parse_classes([", ".join(synonyms) for synonyms in queried.synonyms], source="--classes and --background")
-        query = rectify.query_features(world.clip_model, queried)
-    else:
-        query = cached_query(world) if checkpoint else rectify.query_features(world.clip_model, world.vocabulary)
+    """Segment one photo and return the overlay's path; with --export, write the student and return its
+    path."""
+    photo = None if args.photo is None else read_image(Path(args.photo))
+    segmenter = Segmenter.of(args)
+    if args.export is not None:
+        path = segmenter.export(args.export)
+        print(f"Wrote {path}: the student of {len(segmenter.names)} classes, without CLIP.")
+        return path
+    setup, names = segmenter.setup, segmenter.names
     if photo is None:
-        photo = data.read_image(next(iter(world.validation_images.values())))
-    name = Path(args.photo).stem if args.photo else Path(world.name).name
-    found, patch = evaluate.predictors(world, query, [stage]), world.clip_model.visual.patch_size
-    title = evaluate.title(stage, found[stage].ablation)
-    print(f"{title}, CLIP {world.clip_name}, {len(names)} classes: {', '.join(names)}")
-    if stage == "maskclip" and args.stage == "auto":
-        print("No rectification was trained for these words. MaskCLIP's biases are still in the picture; to remove them: "
-              "python rectify.py --data FOLDER --classes FILE")
+        photo = read_image(next(iter(setup.validation_images.values())))
+    print(f"{segmenter.title}, CLIP {setup.clip_name}, {len(names)} classes: {', '.join(names)}")
+    if segmenter.stage == "maskclip" and args.stage == "auto":
+        print("No rectification was trained for these words. MaskCLIP's biases are still in the picture; to "
+              "remove them: python rectify.py --data FOLDER --classes FILE")
+    return write_results(args, segmenter, photo, Image.fromarray(segmenter(photo)))
 
-    tensor = data.to_tensor(data.short_side_to(photo, found[stage].short_side, patch))[None].to(world.device)
-    with torch.no_grad(), runs.autocast(world.device, world.precision):
-        logits = evaluate.logits_of_all(world, found, tensor)[stage]
-    threshold = value if kind == "threshold" else None
-    classes = segment(logits, (photo.height, photo.width), len(names), evaluate.DENOISING_SCALE[stage], threshold)
 
-    folder = Path(world.out) / "segment"
-    runs.refuse_folders(folder, f"{name}_index.png", f"{name}_overlay.png")
-    index = Image.fromarray(classes.cpu().numpy().astype(np.uint8))
-    palette = [channel for rgb in world.vocabulary.palette for channel in rgb]
-    index.putpalette(palette + [0] * (768 - len(palette)))      # whole: with a shorter one a PNG keeps fewer bits than 255 has
-    page = evaluate.sheet([[photo, overlay(photo, classes, world.vocabulary.palette)]], ["photo", title],
-                          world.vocabulary, height=min(480, max(160, photo.height)))
+def write_results(args: argparse.Namespace, segmenter: Segmenter, photo: Image.Image,
+                  index: Image.Image) -> Path:
+    """Write overlay and index picture, print each class's share, and return the overlay's path."""
+    folder, names, palette = Path(args.out) / "segment", segmenter.names, segmenter.palette
+    name, mark = output_name(args, segmenter.setup, folder)
+    files.refuse_folders(folder, f"{name}_index.png", f"{name}_overlay.png")
+    height = min(480, max(160, photo.height))
+    scale = min(height / photo.height, 4 * height / photo.width)
+    small = tuple(max(1, round(scale * side)) for side in photo.size)        # as large as the page shows them
+    covered = overlay(photo.resize(small), index.resize(small, Image.Resampling.NEAREST), palette)
+    channels = [channel for rgb in palette for channel in rgb]
+    # whole: a shorter one leaves fewer bits than 255 has
+    index.putpalette(channels + [0] * (768 - len(channels)))
+    page = evaluate.sheet([[photo, covered]], ["photo", segmenter.title], segmenter.setup.vocabulary, height)
+    info = PngImagePlugin.PngInfo()
+    info.add_text("photo", mark)
     path = folder / f"{name}_overlay.png"
-    runs.write_atomically(folder / f"{name}_index.png", lambda file: index.save(file, format="PNG"))
-    runs.write_atomically(path, lambda file: page.save(file, format="PNG"))
-    counts = torch.bincount(classes.flatten().cpu(), minlength=256)
-    for number in counts[:len(names)].argsort(descending=True).tolist():
+    files.write_atomically(folder / f"{name}_index.png",
+                           lambda file: index.save(file, format="PNG", pnginfo=info))
+    files.write_atomically(path, lambda file: page.save(file, format="PNG"))
+    counts = index.histogram()
+    for number in sorted(range(len(names)), key=lambda number: -counts[number]):
         if counts[number]:
-            print(f"{100 * counts[number] / counts.sum():6.1f} %  {names[number]}")
-    if counts[data.IGNORE]:
-        print(f"{100 * counts[data.IGNORE] / counts.sum():6.1f} %  (background)")
+            print(f"{100 * counts[number] / sum(counts):6.1f} %  {names[number]}")
+    if counts[IGNORE]:
+        print(f"{100 * counts[IGNORE] / sum(counts):6.1f} %  (background)")
     print(f"Wrote {path} and {folder / f'{name}_index.png'}")
     return path
 
 
+def output_name(args: argparse.Namespace, setup: data.Setup, folder: Path) -> tuple[str, str]:
+    """What the two files are called, and a mark of the photo: its name, with its folder's in front where the
+    result of another photo of that name is there already."""
+    if args.photo is None:
+        return Path(setup.data).name, ""
+    photo = Path(args.photo).resolve()
+    mark, there = f"{machine.seed_of(str(photo)):016x}", folder / f"{photo.stem}_index.png"
+    if there.is_file() and Image.open(there).info.get("photo", mark) != mark:
+        print(f"{there} is of another photo called {photo.stem}, and stays.")
+        return f"{photo.parent.name}_{photo.stem}", mark
+    return photo.stem, mark
+
+
 if __name__ == "__main__":
-    with runs.errors_in_one_paragraph():
+    with errors.one_paragraph(FLAGS.debug):
         main(FLAGS)

@@ -21,9 +21,10 @@ def sha256(path: Path) -> str:
 def download(url: str, target: Path, expected_sha256: str) -> Path:
     """The file of `url`, at `target`: from there if it is whole, else fetched, checked and put there.
 
-    The bytes go to a temporary file beside the target, which takes the target's name only when the SHA-256 is
-    right; on any failure (also Ctrl-C) the temporary file is removed. A file at `target` with another SHA-256 is
-    replaced. Raises OSError when the server cannot be reached or breaks off, ValueError for a wrong SHA-256.
+    The bytes go to a temporary file beside the target, which takes the target's name only when the SHA-256
+    is right. On any failure, also Ctrl-C, the temporary file is removed. A file at `target` with another
+    SHA-256 is replaced.
+    Raises OSError when the server cannot be reached or breaks off, ValueError for a wrong SHA-256.
     """
     target = Path(target)
     if target.exists():
@@ -38,9 +39,9 @@ def download(url: str, target: Path, expected_sha256: str) -> Path:
             fetch(url, file, target.name)
         found = sha256(partial)
         if found != expected_sha256:
-            raise ValueError(f"{url}: expected a file with SHA-256 {expected_sha256}, found {found}. The download was "
-                             "discarded. Try again; if it happens twice, something between you and the server "
-                             "changes the file.")
+            raise ValueError(f"{url}: expected a file with SHA-256 {expected_sha256}, found {found}. The "
+                             "download was discarded. Try again; if it happens twice, something between you and "
+                             "the server changes the file.")
         os.chmod(partial, 0o644)                        # mkstemp's files are for the owner alone
         os.replace(partial, target)
     finally:
@@ -60,7 +61,7 @@ def fetch(url: str, file, title: str) -> None:
                     received += len(chunk)
                     bar.update(len(chunk))
     except (OSError, http.client.HTTPException) as error:               # URLError is an OSError
-        raise OSError(f"{url}: the download failed ({error}). Check the connection and try again, or fetch the file by "
-                      "other means and pass its path instead of its name.") from error
+        raise OSError(f"{url}: the download failed ({error}). Check the connection and try again, or fetch the "
+                      "file by other means and pass its path instead of its name.") from error
     if received < size:
         raise OSError(f"{url}: expected {size} bytes, the connection broke off after {received}. Try again.")

@@ -1,13 +1,13 @@
-"""CLIP, the two-tower model that the whole method stands on: an image encoder and a text encoder
-that meet in one joint space, plus the two calls that segmentation needs and classification did not.
+"""CLIP: an image encoder and a text encoder that meet in one joint space. Plus the two calls that
+segmentation needs and classification does not.
 
     encode_image   (B, 3, H, W)    → (B, D)         one vector per image      [Radford et al. 2021]
     encode_text    (N, 77)         → (N, D)         one vector per sentence   [Radford et al. 2021]
     encode_dense   (B, 3, H, W)    → (B, D, h, w)   one unit vector per patch [MaskCLIP, ECCV 2022]
     encode_prompt  (L, Et), names  → (C, D)         learned words + class names [ReCLIP++, Eq. 1]
 
-The parameter names are those of OpenAI's release, so that its weights load strictly: no key is missing and
-no key is left over. Only the ViT family is here; the paper uses ViT-B/16.
+The parameter names are those of OpenAI's release, so that its weights load strictly: no key is missing
+and none is left over. Only the ViT family is here; the paper uses ViT-B/16.
 
     B images · N sentences · C classes · D joint dimension (512) · E ViT width (768) · Et text width (512)
     H,W pixels · h,w patches · n = h·w · T tokens · L learned prompt vectors (73)
@@ -30,20 +30,25 @@ DENSE_PATHS = ("value", "residual", "vanilla")
 
 
 class QuickGELU(nn.Module):
-    """OpenAI's approximation of GELU. Its weights were trained with it: the exact GELU costs accuracy."""
+    """OpenAI's approximation of GELU: x · sigmoid(1.702 x)."""
 
     def forward(self, x: Tensor) -> Tensor:
         gate = (1.702 * x).sigmoid_()
-        # The same bits either way. A backward pass would need the gate; without one the result takes the gate's memory,
-        # since on a CPU new memory takes longer than the product.
+        # The same bits either way. A backward pass needs the gate. Without one, the result takes the gate's
+        # memory: on a CPU, new memory takes longer than the product.
         return x * gate if torch.is_grad_enabled() else gate.mul_(x)
+
+
+# What stands between the two layers of each MLP. Weights work with the one that they were trained with:
+# OpenAI's with QuickGELU, most of LAION's, DataComp's and open_clip's with the exact GELU.
+ACTIVATIONS = {"quickgelu": QuickGELU, "gelu": nn.GELU}
 
 
 class Attention(nn.Module):
     """Multi-head self-attention, heads of 64 channels.
 
-    The same parameters as `nn.MultiheadAttention` (query, key and value stacked in one matrix), but written
-    out, because MaskCLIP takes the values alone. Attention weights are never materialised (fused kernel).
+    The parameters are those of `nn.MultiheadAttention` (query, key and value stacked in one matrix). It is
+    written out because MaskCLIP takes the values alone. The fused kernel never stores the attention weights.
     """
 
     def __init__(self, width: int, heads: int):
@@ -65,29 +70,31 @@ class Attention(nn.Module):
         return self.out_proj(x.transpose(1, 2).flatten(start_dim=2))
 
     def forward(self, x: Tensor, causal: bool, seen: Tensor | None = None) -> Tensor:
-        """(B, T, E) → (B, T, E). In place of `causal`, `seen` (T, T) bool says which tokens a token (row) attends to."""
+        """(B, T, E) → (B, T, E). `seen` (T, T) bool, in place of `causal`: what a token (row) attends to."""
         q, k, v = self.qkv(x)
         return self.merge(F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal))
 
     def only(self, few: Tensor, x: Tensor, seen: Tensor | None = None) -> Tensor:
-        """The same for a few of the tokens: their queries (of few, (B, K, E)) meet the keys and values of all (of x,
-        (B, T, E)) → (B, K, E). `seen`, bool, shaped as the scores (B, heads, K, T) or to be broadcast to them."""
+        """The same for a few of the tokens: queries of `few` (B, K, E), keys and values of x (B, T, E).
+
+        Returns (B, K, E). `seen` is bool, of the shape of the scores (B, heads, K, T) or broadcast to it.
+        """
         E = x.shape[-1]
-        q = F.linear(few, self.in_proj_weight[:E], self.in_proj_bias[:E])                       # (B, K, E)
-        k, v = F.linear(x, self.in_proj_weight[E:], self.in_proj_bias[E:]).chunk(2, dim=-1)     # (B, T, E)
+        q = F.linear(few, self.in_proj_weight[:E], self.in_proj_bias[:E])                    # (B, K, E)
+        k, v = F.linear(x, self.in_proj_weight[E:], self.in_proj_bias[E:]).chunk(2, dim=-1)  # (B, T, E)
         q, k, v = (part.unflatten(dim=2, sizes=(self.heads, -1)).transpose(1, 2) for part in (q, k, v))
         return self.merge(F.scaled_dot_product_attention(q, k, v, attn_mask=seen))
 
     def values(self, x: Tensor) -> Tensor:
-        """Every token attends to itself alone: the output projection of its own value. (B, T, E) → (B, T, E).
+        """Every token attends to itself alone: the projection of its own value. (B, T, E) → (B, T, E).
 
-        This is MaskCLIP's 1×1 convolutions (Sec. 3.2 there). Queries and keys are not computed.
+        This is what MaskCLIP's 1×1 convolutions do (Sec. 3.2 there). It needs no queries and no keys.
         """
         E = x.shape[-1]
         return self.out_proj(F.linear(x, self.in_proj_weight[2 * E:], self.in_proj_bias[2 * E:]))
 
     def keys(self, x: Tensor) -> Tensor:
-        """Every token's keys, those of all heads side by side, of length one: (B, T, E) → (B, T, E)."""
+        """Every token's key, all heads side by side, as a unit vector: (B, T, E) → (B, T, E)."""
         E = x.shape[-1]
         return F.normalize(F.linear(x, self.in_proj_weight[E:2 * E], self.in_proj_bias[E:2 * E]), dim=-1)
 
@@ -95,12 +102,13 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, activation: str = "quickgelu"):
         super().__init__()
         self.attn = Attention(width, heads)
         self.ln_1 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(OrderedDict(
-            c_fc=nn.Linear(width, 4 * width), gelu=QuickGELU(), c_proj=nn.Linear(4 * width, width)))
+            c_fc=nn.Linear(width, 4 * width), gelu=ACTIVATIONS[activation](),
+            c_proj=nn.Linear(4 * width, width)))
         self.ln_2 = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, causal: bool = False, seen: Tensor | None = None) -> Tensor:
@@ -108,7 +116,7 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
     def only(self, few: Tensor, x: Tensor, seen: Tensor | None = None) -> Tensor:
-        """The block's output for `few` (B, K, E) of the tokens x (B, T, E) alone; `seen` as in `Attention.only`."""
+        """The block's output for `few` (B, K, E) of the tokens x (B, T, E); `seen` as in `Attention.only`."""
         few = few + self.attn.only(self.ln_1(few), self.ln_1(x), seen)
         return few + self.mlp(self.ln_2(few))
 
@@ -116,10 +124,11 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A stack of blocks; `causal` lets a token see only what stands before it (the text tower)."""
 
-    def __init__(self, width: int, layers: int, heads: int, causal: bool = False):
+    def __init__(self, width: int, layers: int, heads: int, causal: bool = False,
+                 activation: str = "quickgelu"):
         super().__init__()
         self.causal = causal
-        self.resblocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.resblocks = nn.ModuleList(Block(width, heads, activation) for _ in range(layers))
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.resblocks:
@@ -128,9 +137,10 @@ class Transformer(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """The image tower. `forward` gives the class token's vector; `dense` gives one vector per patch."""
+    """The image tower. `forward` gives a vector per image, `encode_dense` one per patch."""
 
-    def __init__(self, input_resolution: int, patch_size: int, width: int, layers: int, heads: int, output_dim: int):
+    def __init__(self, input_resolution: int, patch_size: int, width: int, layers: int, heads: int,
+                 output_dim: int, activation: str = "quickgelu"):
         super().__init__()
         self.input_resolution, self.patch_size = input_resolution, patch_size
         grid = input_resolution // patch_size
@@ -138,7 +148,7 @@ class VisionTransformer(nn.Module):
         self.class_embedding = nn.Parameter(width ** -0.5 * torch.randn(width))
         self.positional_embedding = nn.Parameter(width ** -0.5 * torch.randn(1 + grid * grid, width))
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, layers, heads)
+        self.transformer = Transformer(width, layers, heads, activation=activation)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(width ** -0.5 * torch.randn(width, output_dim))
 
@@ -180,57 +190,96 @@ class VisionTransformer(nn.Module):
         return x
 
     def forward(self, images: Tensor) -> Tensor:
+        """One vector per image, not normalised: (B, 3, H, W) → (B, D)."""
         x, last = self.trunk(images), self.transformer.resblocks[-1]
-        return self.pool(last.only(x[:, :1], x))            # exact: nothing else of the last block's output is read
+        return self.pool(last.only(x[:, :1], x))        # exact: the last block's other outputs are never read
+
+    def encode_dense(self, images: Tensor, path: str) -> Tensor:
+        """`CLIP.encode_dense` of a tower by itself: (B, 3, H, W) → unit vectors (B, D, h, w)."""
+        return self.encode_dense_paths(images, [path])[path]
+
+    def encode_dense_paths(self, images: Tensor, paths: Iterable[str]) -> dict[str, Tensor]:
+        """`encode_dense` by several paths for little more than the price of one: only the last block differs.
+
+        Raises ValueError for a path that is not in DENSE_PATHS.
+        """
+        paths = list(paths)
+        for path in paths:
+            if path not in DENSE_PATHS:
+                raise ValueError(f"encode_dense: expected a path of {', '.join(DENSE_PATHS)}; "
+                                 f"found {path!r}.")
+        x = self.trunk(images.to(self.proj.dtype))                                          # (B, 1 + n, E)
+        features = {path: F.normalize(self.dense(x, path).float(), dim=-1) for path in paths}   # (B, n, D)
+        return {path: self.on_grid(one, images) for path, one in features.items()}
+
+    def encode_keys(self, images: Tensor) -> Tensor:
+        """`CLIP.encode_keys` of a tower by itself: (B, 3, H, W) → unit vectors (B, E, h, w)."""
+        last = self.transformer.resblocks[-1]
+        x = self.trunk(images.to(self.proj.dtype))                                          # (B, 1 + n, E)
+        return self.on_grid(last.attn.keys(last.ln_1(x))[:, 1:].float(), images)
 
     def dense(self, x: Tensor, path: str) -> Tensor:
-        """What the trunk gives → patch features before normalisation, (B, n, D), by one of three ways through the last block."""
+        """The last block, by one of three paths: x (B, 1 + n, E) of the trunk → (B, n, D), not normalised."""
         last = self.transformer.resblocks[-1]
         if path == "vanilla":
-            x = last(x)[:, 1:]                              # what CLIP itself computes for its patch tokens
+            x = last(x)[:, 1:]                  # what CLIP itself computes for its patch tokens
         else:
-            x = x[:, 1:]                                    # the class token gives nothing to a patch's own value
+            x = x[:, 1:]                        # the class token adds nothing to a patch's own value
             value = last.attn.values(last.ln_1(x))
-            if path == "value":                             # the text of both papers: the value path alone
+            if path == "value":                 # the text of both papers: the value path alone
                 x = value
-            else:                                           # the released code: residual and MLP stay around it
+            else:                               # the released code: residual and MLP stay around it
                 x = x + value
                 x = x + last.mlp(last.ln_2(x))
         return self.ln_post(x) @ self.proj
 
+    def on_grid(self, x: Tensor, images: Tensor) -> Tensor:
+        """The patches' vectors where the patches lie: (B, n, C) → (B, C, h, w)."""
+        h, w = (-(-side // self.patch_size) for side in images.shape[-2:])                  # rounded up
+        return x.transpose(1, 2).unflatten(dim=2, sizes=(h, w))
 
-@lru_cache(maxsize=8)
+
+@lru_cache(maxsize=8)                                           # every step of a training asks for the same
 @torch.inference_mode(False)                                    # what is kept may be part of a training later
-def in_one_sequence(names: tuple[str, ...], P: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-    """The sentences of C class names behind P tokens that all share, laid out as one sequence: those P, then M of their own.
+def in_one_sequence(names: tuple[str, ...], P: int, device: torch.device) \
+        -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    """C sentences of P shared tokens and a class name, laid out as one sequence: the P, then M of their own.
 
-    Returns `tokens` (M,), the ids of name and end token of one class after another; `place` (M,), where each stands in its
-    own sentence; `end` (C,), where in the sequence each sentence is read; `seen` (P + M, P + M) bool: a token (row) attends
-    to the shared ones and to its own class, up to itself, and to no other class; and the length of the longest name with
-    its end. Kept, as every step of a training asks for the same.
+    Returns
+        tokens (M,)             ids of name and end token, class after class
+        place (M,)              the position of each in its own sentence
+        end (C,)                where in the sequence each sentence is read
+        seen (P + M, P + M)     bool: a token (row) attends to the shared tokens and to its own class, up to
+                                itself
+        longest                 the length of the longest name with its end token
     """
     own = [encode(name) + [END] for name in names]
-    lengths = torch.tensor([len(tokens) for tokens in own])                                         # (C,)
-    end = lengths.cumsum(dim=0)                                                                     # (C,)
-    owner = torch.arange(len(names)).repeat_interleave(lengths)                                     # (M,) class of a token
-    place = torch.arange(len(owner)) - (end - lengths)[owner]                                       # (M,) 0, 1, …
-    owner = torch.cat([owner.new_full((P,), -1), owner])                                            # −1: everyone's
+    lengths = torch.tensor([len(tokens) for tokens in own])                             # (C,)
+    end = lengths.cumsum(dim=0)                                                         # (C,)
+    owner = torch.arange(len(names)).repeat_interleave(lengths)                         # (M,) whose token
+    place = torch.arange(len(owner)) - (end - lengths)[owner]                           # (M,) 0, 1, …
+    owner = torch.cat([owner.new_full((P,), -1), owner])                                # −1: everyone's
     seen = ((owner == owner[:, None]) | (owner == -1)).tril()
     tokens = torch.tensor([token for tokens in own for token in tokens])
-    return tokens.to(device), (P + place).to(device), (P + end - 1).to(device), seen.to(device), int(lengths.max())
+    tokens, place, end, seen = (x.to(device) for x in (tokens, P + place, P + end - 1, seen))
+    return tokens, place, end, seen, int(lengths.max())
 
 
 class CLIP(nn.Module):
-    """Both towers. Build it from a state dict with `clip.load`; the sizes are read off the weights."""
+    """Both towers. Build it from a file with `clip.load`, which reads the sizes off the weights.
+
+    `activation` is "quickgelu" or "gelu". It is no weight: the weights fit either and work with one.
+    """
 
     def __init__(self, *, embed_dim: int, image_resolution: int, vision_layers: int, vision_width: int,
                  vision_patch_size: int, context_length: int, vocab_size: int, transformer_width: int,
-                 transformer_heads: int, transformer_layers: int):
+                 transformer_heads: int, transformer_layers: int, activation: str = "quickgelu"):
         super().__init__()
-        self.context_length = context_length
+        self.context_length, self.activation = context_length, activation
         self.visual = VisionTransformer(image_resolution, vision_patch_size, vision_width, vision_layers,
-                                        heads=vision_width // 64, output_dim=embed_dim)
-        self.transformer = Transformer(transformer_width, transformer_layers, transformer_heads, causal=True)
+                                        heads=vision_width // 64, output_dim=embed_dim, activation=activation)
+        self.transformer = Transformer(transformer_width, transformer_layers, transformer_heads, causal=True,
+                                       activation=activation)
         self.token_embedding = nn.Embedding(vocab_size, transformer_width)
         self.positional_embedding = nn.Parameter(torch.empty(context_length, transformer_width))
         self.ln_final = nn.LayerNorm(transformer_width)
@@ -273,9 +322,10 @@ class CLIP(nn.Module):
     def encode_text(self, tokens: Tensor) -> Tensor:
         """One vector per sentence, not normalised: (N, 77) token ids → (N, D), read at the end token.
 
-        The tower is causal, so what stands behind the end token changes nothing: the batch is trimmed to its
-        longest sentence. Exact, and several times cheaper for class names. (The last block runs whole: queries are
-        made once and kept, and what was trained by this very call, Toyland's CLIP, can be made again to the bit.)
+        The tower is causal: what stands behind the end token changes nothing. So the batch is cut to its
+        longest sentence, which is exact, and several times cheaper for class names. The last block runs for
+        all tokens, unlike the image tower's: `Block.only` rounds differently, and a CLIP that was trained
+        through this call could not be trained again to the same bits.
         """
         end = tokens.argmax(dim=-1)                             # the end token has the largest id of all
         T = int(end.max()) + 1
@@ -305,59 +355,51 @@ class CLIP(nn.Module):
 
         Raises ValueError for another path.
         """
-        return self.encode_dense_paths(images, [path])[path]
+        return self.visual.encode_dense(images, path)
 
     def encode_dense_paths(self, images: Tensor, paths: Iterable[str]) -> dict[str, Tensor]:
-        """`encode_dense` by several paths at the price of little more than one: they differ in the last block alone."""
-        for path in paths:
-            if path not in DENSE_PATHS:
-                raise ValueError(f"encode_dense: expected a path of {', '.join(DENSE_PATHS)}; found {path!r}.")
-        patch = self.visual.patch_size
-        h, w = -(-images.shape[-2] // patch), -(-images.shape[-1] // patch)
-        x = self.visual.trunk(images.to(self.dtype))                                            # (B, 1 + n, E)
-        features = {path: F.normalize(self.visual.dense(x, path).float(), dim=-1) for path in paths}    # (B, n, D) each
-        return {path: one.transpose(1, 2).unflatten(dim=2, sizes=(h, w)) for path, one in features.items()}
+        """`encode_dense` by several paths for little more than the price of one (see `VisionTransformer`)."""
+        return self.visual.encode_dense_paths(images, paths)
 
     def encode_keys(self, images: Tensor) -> Tensor:
-        """The last block's key of every patch, of length one: (B, 3, H, W) → (B, E, h, w). For MaskCLIP's key smoothing.
+        """The last block's key of every patch, a unit vector: (B, 3, H, W) → (B, E, h, w).
 
-        Normalised over the channels, as the paper's equation has it; MaskCLIP's code does it over the patches.
+        For MaskCLIP's key smoothing. Normalised over the channels, as in the paper's equation; MaskCLIP's
+        code normalises over the patches.
         """
-        last, patch = self.visual.transformer.resblocks[-1], self.visual.patch_size
-        x = self.visual.trunk(images.to(self.dtype))                                              # (B, 1 + n, E)
-        keys = last.attn.keys(last.ln_1(x))[:, 1:].float()                                        # (B, n, E)
-        return keys.transpose(1, 2).unflatten(dim=2, sizes=(-(-images.shape[-2] // patch), -(-images.shape[-1] // patch)))
+        return self.visual.encode_keys(images)
 
     def prompt_room(self, class_names: list[str]) -> int:
-        """How many learned vectors fit before the longest class name: 77 − start − name − end; ≤ 0 if none."""
+        """How many learned vectors fit before the longest name: 77 − start − name − end. None: 0 or less."""
         return self.context_length - 2 - max(len(encode(name)) for name in class_names)
 
     def encode_prompt(self, prompt: Tensor, class_names: list[str]) -> Tensor:
         """The text features of `[start][v_1]…[v_L][class name][end]` for every class, not normalised.
 
         Eq. 1, Sec. III-B. prompt (L, Et): learned word embeddings, shared by all classes. Returns (C, D).
-        Raises ValueError when a name does not fit behind L vectors: its end token, where the sentence is read,
-        would fall off the 77 positions (the released code then reads at a wrong place).
+        Raises ValueError when a name does not fit behind L vectors: its end token, where the sentence is
+        read, would lie beyond the 77 positions (the released code then reads at a wrong place).
 
         All sentences begin with the same 1 + L tokens, and a causal tower computes those without looking at
-        what follows. So all classes are run as one sequence (`in_one_sequence`): the shared prefix once, then
-        every class's own tokens, each at the position it has in its own sentence. They see the prefix and their
-        own class up to themselves, no other class. Exactly the naive result: the same sums, of 13 times fewer
-        tokens for the 20 classes of VOC, 28 times for the 150 of ADE20K.
+        what follows. So all classes run as one sequence (`in_one_sequence`): the shared prefix once, then the
+        tokens of each class, each at the position it has in its own sentence. They see the prefix and their
+        own class up to themselves, no other class. The sums are those of the naive way, over 13 times fewer
+        tokens for the 20 classes of VOC, 28 times fewer for the 150 of ADE20K.
         """
         P = 1 + len(prompt)
         tokens, place, end, seen, longest = in_one_sequence(tuple(class_names), P, self.device)
         if P + longest > self.context_length:
             worst = max(class_names, key=lambda name: len(encode(name)))
             raise ValueError(
-                f"encode_prompt: {P - 1} learned vectors and the class name {worst!r} ({longest - 1} tokens) need {P + longest} "
-                f"positions; CLIP has {self.context_length}. Use at most {self.prompt_room(class_names)} vectors or "
-                "a shorter name.")
-        prefix = torch.cat([self.token_embedding.weight[START:START + 1], prompt]) + self.positional_embedding[:P]  # (P, Et)
-        suffix = self.token_embedding(tokens) + self.positional_embedding[place]                                    # (M, Et)
-        x = torch.cat([prefix, suffix])[None]                                                                   # (1, P + M, Et)
+                f"encode_prompt: {P - 1} learned vectors and the class name {worst!r} ({longest - 1} tokens) "
+                f"need {P + longest} positions; CLIP has {self.context_length}. Use at most "
+                f"{self.prompt_room(class_names)} vectors or a shorter name.")
+        prefix = torch.cat([self.token_embedding.weight[START:START + 1], prompt])          # (P, Et)
+        prefix = prefix + self.positional_embedding[:P]                                     # (P, Et)
+        suffix = self.token_embedding(tokens) + self.positional_embedding[place]            # (M, Et)
+        x = torch.cat([prefix, suffix])[None]                                               # (1, P + M, Et)
         *blocks, last = self.transformer.resblocks
         for block in blocks:
             x = block(x, seen=seen)
-        x = last.only(x[:, end], x, seen[end])              # (1, C, Et), exact: nothing else of its output is read
+        x = last.only(x[:, end], x, seen[end])          # (1, C, Et), exact: its other outputs are never read
         return self.ln_final(x[0]) @ self.text_projection

@@ -1,8 +1,9 @@
 """The byte-pair tokenizer of CLIP: text → token ids.
 
-Lower-cased text is cut into words, digits and runs of punctuation; each is spelled in 256 printable stand-ins for
-its bytes, so that any text of any language has a spelling, and the pair that was merged earliest when the
-vocabulary was made is merged again and again. `bpe_simple_vocab_16e6.txt.gz` holds OpenAI's merges (MIT, see NOTICE.md).
+Lower-cased text is cut into words, digits and runs of punctuation. Each is spelled in 256 printable stand-ins
+for its bytes, so that any text of any language has a spelling. Then pairs of neighbours are merged, again and
+again, first the pair that was merged first when the vocabulary was made. `bpe_simple_vocab_16e6.txt.gz` holds
+OpenAI's merges (MIT, see NOTICE.md).
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ START, END = 49406, 49407           # the two special tokens stand at the end of
 SPECIAL = {"<|startoftext|>": START, "<|endoftext|>": END}
 
 WORDS = regex.compile(
-    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+",
+    regex.IGNORECASE)
 
 
 @lru_cache
 def byte_letters() -> dict[int, str]:
-    """A visible character for each of the 256 bytes: itself where it prints, else the next one from 256 on."""
-    printing = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    """A visible character for each of the 256 bytes: itself where it prints, else the next from 256 on."""
+    printing = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
+                *range(ord("®"), ord("ÿ") + 1)]
     letters = {byte: chr(byte) for byte in printing}
     hidden = [byte for byte in range(256) if byte not in letters]
     return letters | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
@@ -38,9 +41,10 @@ def byte_letters() -> dict[int, str]:
 @lru_cache
 def vocabulary() -> tuple[dict[str, int], dict[tuple[str, str], int]]:
     """`(ids, ranks)`: the id of each token, and for each mergeable pair how early it was merged."""
-    lines = gzip.decompress((Path(__file__).parent / "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode("utf-8").split("\n")
+    file = Path(__file__).parent / "bpe_simple_vocab_16e6.txt.gz"
+    lines = gzip.decompress(file.read_bytes()).decode("utf-8").split("\n")
     pairs = [tuple(line.split()) for line in lines[1:1 + MERGES]]            # line 0 is a version note
-    # Tokens are numbered: the bytes (printing ones first), the same at the end of a word, then each merge's result.
+    # The order of the ids: bytes (printing ones first), bytes at the end of a word, results of the merges.
     letters = list(byte_letters().values())
     tokens = letters + [letter + "</w>" for letter in letters] + ["".join(pair) for pair in pairs]
     return ({token: i for i, token in enumerate(tokens)} | SPECIAL,
@@ -49,7 +53,7 @@ def vocabulary() -> tuple[dict[str, int], dict[tuple[str, str], int]]:
 
 @lru_cache(maxsize=65536)
 def merge(word: str) -> tuple[str, ...]:
-    """The tokens of one word that is spelled in byte letters, by merging the earliest known pair until none is."""
+    """The tokens of a word that is spelled in byte letters: merge the earliest known pair until none is left."""
     _, ranks = vocabulary()
     parts = [*word[:-1], word[-1] + "</w>"]
     while len(parts) > 1:
@@ -71,7 +75,7 @@ def merge(word: str) -> tuple[str, ...]:
 def encode(text: str) -> list[int]:
     """Token ids of a text, of any length, without start and end token."""
     ids, _ = vocabulary()
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))         # twice: captions from the web are escaped twice
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))    # captions from the web are escaped twice
     text = " ".join(text.split()).lower()
     found = []
     for word in WORDS.findall(text):
@@ -83,11 +87,12 @@ def encode(text: str) -> list[int]:
     return found
 
 
-def tokenize(texts: str | list[str], context_length: int = CONTEXT_LENGTH, truncate: bool = False) -> torch.Tensor:
+def tokenize(texts: str | list[str], context_length: int = CONTEXT_LENGTH,
+             truncate: bool = False) -> torch.Tensor:
     """Token ids of one text or of a list, framed by start and end token: (N, context_length), zeros behind.
 
-    A text that is too long raises ValueError and is named; with `truncate=True` it is cut instead and keeps its
-    end token, where CLIP reads the sentence.
+    Raises ValueError for a text that is too long, and names it. With `truncate=True` it is cut instead and
+    keeps its end token, where CLIP reads the sentence.
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
     result = torch.zeros(len(texts), context_length, dtype=torch.int)
@@ -96,8 +101,8 @@ def tokenize(texts: str | list[str], context_length: int = CONTEXT_LENGTH, trunc
         if len(ids) > context_length:
             if not truncate:
                 raise ValueError(
-                    f"tokenize: a text should fit in {context_length} tokens, start and end included; found {len(ids)} in "
-                    f"{text[:200]!r}. Shorten it, or pass truncate=True to cut it.")
+                    f"tokenize: a text should fit in {context_length} tokens, start and end included; found "
+                    f"{len(ids)} in {text[:200]!r}. Shorten it, or pass truncate=True to cut it.")
             ids = ids[:context_length - 1] + [END]
         row[:len(ids)] = torch.tensor(ids)
     return result

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,16 +104,17 @@ def write_openai_archive(path: str | Path, *, width=768, layers=12, patch=16, re
 
 def toy_vocabulary():
     """Four classes: names of one token and of two, and a synonym."""
-    import data
-    return data.vocabulary_of("toys", (("cat",), ("potted plant",), ("airplane",), ("sky", "heaven")))
+    from datasets import words
+    return words.vocabulary_of("toys", (("cat",), ("potted plant",), ("airplane",), ("sky", "heaven")))
 
 
-def toy_world(out: Path):
+def toy_setup(out: Path, **flags):
     """A tiny random CLIP and the four classes, without images."""
     import clip
-    from world import World
+    from data import Setup
     model = clip.build_model(openai_state(**TINY)).eval().requires_grad_(False)
-    return World("toys", "data", toy_vocabulary(), "tiny", model, clip.fingerprint(model), torch.device("cpu"), "fp32", 0, str(out))
+    given = dict(out=str(out), cache=None, precision="fp32", workers=0, skip_broken=False, seed=0) | flags
+    return Setup("toys", "data", toy_vocabulary(), model, "tiny", Namespace(**given))
 
 
 # ------------------------------------------------------------------------------------------ small datasets on disk
@@ -216,7 +218,7 @@ def quick_recipes(monkeypatch, folder: Path) -> None:
     """Whole runs in seconds: tiny pictures, two epochs, and random weights in place of Toyland's pre-trained ResNet."""
     import distill
     import rectify
-    import toyland
+    from toyland import networks
     for stage in (rectify, distill):
         for name, recipe in stage.RECIPES.items():
             small = dict(short_side=32, crop=(32, 40), batch_size=2, epochs=2)
@@ -225,21 +227,26 @@ def quick_recipes(monkeypatch, folder: Path) -> None:
             monkeypatch.setitem(stage.RECIPES, name, replace(recipe, **small))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        torch.save(toyland.small_resnet(pretrained=False).state_dict(), folder / "resnet.pt")
-    monkeypatch.setattr(toyland, "RESNET_WEIGHTS", folder / "resnet.pt")
+        torch.save(networks.small_resnet(pretrained=False).state_dict(), folder / "resnet.pt")
+    monkeypatch.setattr(networks, "RESNET_WEIGHTS", folder / "resnet.pt")
 
 
 def run(script, *flags):
-    """A script's `main` with the given command line, on the CPU, where equal steps give equal bits."""
-    return script.main(script.flags().parse_args([*map(str, flags), "--device", "cpu"]))
+    """A script with the given command line, on the CPU, where equal steps give equal bits: its `main`, and after a
+    training what the script's last lines do. Returns what `main` returns."""
+    import evaluate
+    result = script.main(script.flags().parse_args([*map(str, flags), "--device", "cpu"]))
+    if script.__name__ in ("rectify", "distill"):
+        evaluate.after_training(result, script.__name__)
+    return result
 
 
 def refusal(capsys, script, *flags) -> str:
-    """What a script says on stderr when it refuses its input: checked to be one paragraph, exit code 2, no traceback."""
-    import runs
+    """What a script says on stderr when it refuses its input: one paragraph, exit code 2, no traceback."""
+    from harness import errors
     capsys.readouterr()
     try:
-        with runs.errors_in_one_paragraph():
+        with errors.one_paragraph():
             run(script, *flags)
     except SystemExit as end:
         said = capsys.readouterr().err.strip()

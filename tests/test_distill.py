@@ -21,18 +21,20 @@ import torchvision
 from torch import nn
 
 import clip
-import data
 import distill
 import rectify
-import runs
-from helpers import TINY, random, relative, toy_vocabulary, toy_world, unit
+from data import Setup
+from datasets import IGNORE, words
+from harness import files
+from helpers import TINY, random, relative, toy_vocabulary, toy_setup, unit
 
 VOCABULARY = toy_vocabulary()
 C, D = len(VOCABULARY), TINY["embed_dim"]
-HYPOTHESIS = torch.tensor([[1, 0, 1, 1], [0, 1, 0, 0]]).bool()              # three classes in one image, one in the other
+HYPOTHESIS = torch.tensor([[1, 0, 1, 1], [0, 1, 0, 0]]).bool()      # three classes in one image, one in the other
+VOTES = torch.tensor([[0.5, 0.0, 0.3, 0.2], [0.1, 0.9, 0.0, 0.0]])  # of which that is above 0.1
 
 
-TEACHER_RECIPE = rectify.Recipe(loss_scale=20.0, mask_scale=3.0, prompt_length=5)
+TEACHER_RECIPE = rectify.Recipe(loss_scale=20.0, mask_scale=3.0, prompt_length=5, vote_threshold=0.1)
 SMALL = distill.Recipe(backbone="small")
 
 
@@ -40,14 +42,14 @@ IMAGES = random(2, 3, 61, 77)                       # 8 × 10 patches of CLIP, a
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return toy_world(tmp_path_factory.mktemp("runs"))
+def setup(tmp_path_factory):
+    return toy_setup(tmp_path_factory.mktemp("runs"))
 
 
-def new_rectifier(world: rectify.World, seed: int = 0) -> rectify.Rectifier:
+def new_rectifier(setup: Setup, seed: int = 0) -> rectify.Rectifier:
     """A teacher as if trained: no bias is 0, no scale 1, and BatchNorm remembers some mean and variance."""
     torch.manual_seed(seed)
-    rectifier = rectify.Rectifier(world.clip_model, C, prompt_length=5)
+    rectifier = rectify.Rectifier(setup.clip_model, C, prompt_length=5)
     with torch.no_grad():
         for parameter in rectifier.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
@@ -57,31 +59,31 @@ def new_rectifier(world: rectify.World, seed: int = 0) -> rectify.Rectifier:
 
 
 @pytest.fixture
-def rectifier(world) -> rectify.Rectifier:
-    return new_rectifier(world)
+def rectifier(setup) -> rectify.Rectifier:
+    return new_rectifier(setup)
 
 
 QUERY = unit(C, D, seed=1)
 
 
 @pytest.fixture
-def student(world, rectifier) -> distill.Student:
+def student(setup, rectifier) -> distill.Student:
     """A small student in training mode, around a frozen copy of the teacher's parts."""
     torch.manual_seed(1)
-    return distill.build_student(world, copy.deepcopy(rectifier), QUERY, SMALL, pretrained=False).train()
+    return distill.build_student(setup, copy.deepcopy(rectifier), QUERY, SMALL, distill.System(), pretrained=False).train()
 
 
 @pytest.fixture
-def lesson(world, rectifier) -> tuple[torch.Tensor, torch.Tensor]:
+def lesson(setup, rectifier) -> tuple[torch.Tensor, torch.Tensor]:
     """What the teacher says of IMAGES: (Z, M_o)."""
     with torch.no_grad():
-        reference = rectify.reference_features(world.clip_model, rectifier.prompt, VOCABULARY.names)
-    return distill.teach(rectifier, world.clip_model, IMAGES, QUERY, reference, dense_path="residual")
+        reference = rectify.reference_features(setup.clip_model, rectifier.prompt, VOCABULARY.names)
+    return distill.teach(rectifier, setup.clip_model, IMAGES, QUERY, reference, dense_path="residual")
 
 
 def step(student: distill.Student, lesson, recipe: distill.Recipe = distill.Recipe(), seed: int = 0):
     """One `train_step` on IMAGES."""
-    return distill.train_step(student, *lesson, IMAGES, HYPOTHESIS, teacher_recipe=TEACHER_RECIPE, recipe=recipe,
+    return distill.train_step(student, *lesson, IMAGES, VOTES, teacher_recipe=TEACHER_RECIPE, recipe=recipe,
                               noise=torch.Generator().manual_seed(seed))
 
 
@@ -128,7 +130,7 @@ def test_eq8_every_place_counts_and_none_can_be_ignored():
     pseudo_label = random(2, C, 3, 4, seed=1).argmax(dim=1)
     distill.mask_loss(logits, pseudo_label).backward()
     assert (logits.grad != 0).all()
-    pseudo_label[0, 0, 0] = data.IGNORE
+    pseudo_label[0, 0, 0] = IGNORE
     with pytest.raises(IndexError):
         distill.mask_loss(logits, pseudo_label)
 
@@ -153,7 +155,7 @@ def test_eq9_costs_nothing_only_when_student_and_teacher_agree():
     assert distill.feature_loss(features, unit(2, D, 5, 6, dim=1, seed=1)).item() > 0
 
 
-def test_eq10_text_loss_equals_the_loop():
+def test_text_loss_equals_the_loop():
     """L_text: pool the student's features by its masks, divide by n, cross-entropy of class k against all; k in H."""
     features, masks = unit(2, D, 3, 4, dim=1), random(2, C, 3, 4).softmax(dim=1)
     of_images = []
@@ -166,6 +168,11 @@ def test_eq10_text_loss_equals_the_loop():
         of_images.append(sum(of_classes) / len(of_classes))
     found = distill.text_loss(features, masks, QUERY, HYPOTHESIS, scale=20.0)
     assert found.item() == pytest.approx(sum(of_images) / 2, rel=1e-5)
+
+
+def test_eq10_the_total_is_mask_plus_alpha_feature_plus_beta_text():
+    mask, feature, text = torch.tensor([0.7, 0.2, 3.0])
+    assert distill.total_loss(mask, feature, text, alpha=0.5, beta=0.25).item() == pytest.approx(0.7 + 0.1 + 0.75)
 
 
 # ------------------------------------------------------------------------------------------ DeepLab V2
@@ -247,29 +254,29 @@ def test_missing_imagenet_weights_are_named(monkeypatch, tmp_path):
 # ------------------------------------------------------------------------------------------ what the student inherits
 
 @pytest.mark.parametrize("size", [(32, 32), (61, 77)])
-def test_inherited_head_on_the_teachers_features_is_the_teacher(world, rectifier, student, size):
+def test_inherited_head_on_the_teachers_features_is_the_teacher(setup, rectifier, student, size):
     """M^D of CLIP's own features equals stage 1's M_o bit for bit, on CLIP's own grid and on another."""
-    reference = rectify.reference_features(world.clip_model, rectifier.prompt, VOCABULARY.names)
-    features, logits = distill.teach(rectifier, world.clip_model, random(2, 3, *size), QUERY, reference, "value")
-    assert torch.equal(features, world.clip_model.encode_dense(random(2, 3, *size), path="value"))
-    assert torch.equal(student.inherited(features), logits)
+    reference = rectify.reference_features(setup.clip_model, rectifier.prompt, VOCABULARY.names)
+    features, logits = distill.teach(rectifier, setup.clip_model, random(2, 3, *size), QUERY, reference, "value")
+    assert torch.equal(features, setup.clip_model.encode_dense(random(2, 3, *size), path="value"))
+    assert torch.equal(student.head(features), logits)
 
 
 @pytest.mark.parametrize("grid", [(4, 4), (7, 9), (3, 2)])
-def test_inherited_bias_follows_clips_positions_to_any_grid(world, rectifier, student, grid):
+def test_inherited_bias_follows_clips_positions_to_any_grid(setup, rectifier, student, grid):
     """At the student's grid M_b is Eq. 2 on positions resampled as CLIP itself resamples them (its own grid is 4 × 4)."""
-    reference = rectify.reference_features(world.clip_model, rectifier.prompt, VOCABULARY.names)
-    positions = world.clip_model.visual.patch_positions(*grid)
-    assert torch.equal(student.inherited.bias(*grid), rectify.bias_logits(positions, rectifier.projection, reference))
+    reference = rectify.reference_features(setup.clip_model, rectifier.prompt, VOCABULARY.names)
+    positions = setup.clip_model.visual.patch_positions(*grid)
+    assert torch.equal(student.head.bias(*grid), rectify.bias_logits(positions, rectifier.projection, reference))
 
 
-def test_inherited_stays_in_eval_mode(world):
+def test_inherited_stays_in_eval_mode(setup):
     """Whatever mode the teacher was in and however often train() is called: BatchNorm keeps the teacher's statistics."""
-    rectifier = new_rectifier(world).train()
-    student = distill.build_student(world, rectifier, QUERY, SMALL, pretrained=False)
+    rectifier = new_rectifier(setup).train()
+    student = distill.build_student(setup, rectifier, QUERY, SMALL, distill.System(), pretrained=False)
     for change in (lambda: None, student.train, student.eval, student.train):
         change()
-        assert not any(module.training for module in student.inherited.modules())
+        assert not any(module.training for module in student.head.modules())
     assert all(module.training for module in student.network.modules())
 
 
@@ -277,12 +284,11 @@ def test_training_changes_nothing_that_was_inherited(student, lesson):
     """After a step the network's weights and statistics are others; every inherited tensor has its old bits."""
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1, weight_decay=5e-4)
-    loss, _ = step(student, lesson)
-    loss.backward()
+    step(student, lesson)["loss"].backward()
     optimizer.step()
     changed = {name for name, tensor in student.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed == {name for name in before if name.startswith("network.")}
-    assert any(name.endswith("running_mean") for name in before if name.startswith("inherited."))
+    assert any(name.endswith("running_mean") for name in before if name.startswith("head."))
 
 
 # ------------------------------------------------------------------------------------------ who learns from what
@@ -301,12 +307,11 @@ def only(monkeypatch, kept: str) -> None:
 def test_each_loss_alone_trains_the_student(monkeypatch, student, lesson, name):
     """From the first convolution to the four of the head a gradient arrives; nothing inherited gets one."""
     only(monkeypatch, name)
-    loss, _ = step(student, lesson)
-    loss.backward()
+    step(student, lesson)["loss"].backward()
     for layer in (student.network.backbone[0], student.network.backbone[4][0].conv2, *student.network.aspp):
         assert layer.weight.grad.isfinite().all() and layer.weight.grad.any()
-    assert all(parameter.grad is None for parameter in student.inherited.parameters())
-    assert not any(buffer.requires_grad for buffer in student.inherited.buffers())
+    assert all(parameter.grad is None for parameter in student.head.parameters())
+    assert not any(buffer.requires_grad for buffer in student.head.buffers())
 
 
 def test_text_loss_trains_through_the_masks_too(monkeypatch, student, lesson):
@@ -314,32 +319,32 @@ def test_text_loss_trains_through_the_masks_too(monkeypatch, student, lesson):
     only(monkeypatch, "text_loss")
     monkeypatch.setattr(distill, "contrastive_loss",
                         lambda features, *rest: rectify.contrastive_loss(features.detach(), *rest))
-    loss, _ = step(student, lesson)
-    loss.backward()
+    step(student, lesson)["loss"].backward()
     assert student.network.backbone[0].weight.grad.any()
 
 
-def test_nothing_trains_the_teacher(world, rectifier, student):
+def test_nothing_trains_the_teacher(setup, rectifier, student):
     """Even a teacher that nobody froze gives features and logits without a gradient, and stays as it is."""
     rectifier.requires_grad_(True)
-    reference = rectify.reference_features(world.clip_model, rectifier.prompt, VOCABULARY.names)
-    lesson = distill.teach(rectifier, world.clip_model, IMAGES, QUERY, reference, dense_path="residual")
+    reference = rectify.reference_features(setup.clip_model, rectifier.prompt, VOCABULARY.names)
+    lesson = distill.teach(rectifier, setup.clip_model, IMAGES, QUERY, reference, dense_path="residual")
     assert not any(tensor.requires_grad for tensor in lesson)
-    step(student, lesson)[0].backward()
-    assert all(parameter.grad is None for module in (world.clip_model, rectifier) for parameter in module.parameters())
-    assert clip.fingerprint(world.clip_model) == world.fingerprint
+    step(student, lesson)["loss"].backward()
+    assert all(parameter.grad is None for module in (setup.clip_model, rectifier) for parameter in module.parameters())
+    assert clip.fingerprint(setup.clip_model) == setup.fingerprint
 
 
 @pytest.mark.parametrize("recipe, weights", [
     (distill.RECIPES["voc"], (1, 0.5, 0.5)), (replace(distill.Recipe(), feature_weight=3.0, text_weight=0.0), (1, 3, 0))])
 def test_the_loss_is_mask_plus_half_feature_plus_half_text(student, lesson, recipe, weights):
     """L = L_mask + α L_feat + β L_text, and the three parts that are logged are these, without their weights."""
-    loss, parts = step(student, lesson, recipe, seed=4)
+    parts = {name: loss.item() for name, loss in step(student, lesson, recipe, seed=4).items()}
+    loss = parts.pop("loss")
     mask, feature, text = weights
-    assert loss.item() == pytest.approx(mask * parts["mask"] + feature * parts["feature"] + text * parts["text"], rel=1e-6)
+    assert loss == pytest.approx(mask * parts["mask"] + feature * parts["feature"] + text * parts["text"], rel=1e-6)
     with torch.no_grad():                                   # in train mode BatchNorm uses the batch: the same once more
         features = student.network(IMAGES)
-        logits = student.inherited(features)
+        logits = student.head(features)
         pseudo_label = slow_resize(lesson[1], *logits.shape[-2:]).argmax(dim=1)
         uniform = torch.rand(logits.shape, generator=torch.Generator().manual_seed(4))
         noisy = 3.0 * logits - (-uniform.log()).log()
@@ -371,25 +376,25 @@ def test_training_lowers_every_loss(student, lesson):
     optimizer = torch.optim.SGD(student.network.parameters(), lr=0.02, momentum=0.9)
     history = []
     for number in range(15):
-        loss, parts = step(student, lesson, seed=number)
+        losses = step(student, lesson, seed=number)
         optimizer.zero_grad()
-        loss.backward()
+        losses["loss"].backward()
         optimizer.step()
-        history.append(parts)
+        history.append({name: loss.item() for name, loss in losses.items()})
     for name in ("mask", "feature", "text"):
         assert sum(parts[name] for parts in history[-3:]) < sum(parts[name] for parts in history[:3])
 
 
 # ------------------------------------------------------------------------------------------ a student on its own
 
-def test_student_runs_without_clip(world, student, tmp_path, monkeypatch):
+def test_student_runs_without_clip(setup, student, tmp_path, monkeypatch):
     """Weights saved and read back give the same logits in a student that was built around nothing and asks CLIP nothing."""
     student = student.eval()
     expected = student.logits(IMAGES)
     torch.save(student.state_dict(), tmp_path / "student.pt")
 
-    empty = rectify.Rectifier(world.clip_model, C, prompt_length=5)        # shapes alone
-    inherited = distill.Inherited(empty, torch.zeros(C, D), torch.zeros(C, D), torch.zeros_like(student.inherited.positions))
+    empty = rectify.Rectifier(setup.clip_model, C, prompt_length=5)        # shapes alone
+    inherited = distill.Inherited(empty, torch.zeros(C, D), torch.zeros(C, D), torch.zeros_like(student.head.positions))
     other = distill.Student("small", inherited, pretrained=False)
     other.load_state_dict(torch.load(tmp_path / "student.pt", weights_only=True))
     for name in ("encode_image", "encode_text", "encode_dense", "encode_prompt"):
@@ -397,27 +402,28 @@ def test_student_runs_without_clip(world, student, tmp_path, monkeypatch):
     assert torch.equal(other.eval().logits(IMAGES), expected)
 
 
-def checkpoint(world: rectify.World, student: distill.Student) -> dict:
-    return {"stage": "distill", "step": 1, "weights": student.state_dict(),
-            "settings": {"world": world.described(), "teacher": 1, "recipe": asdict(SMALL), "teacher_recipe": asdict(TEACHER_RECIPE)}}
+def checkpoint(setup: Setup, student: distill.Student) -> dict:
+    setup.training_images = {}
+    settings = setup.settings(distill.System(), SMALL) | {"teacher": 1, "teacher_recipe": asdict(TEACHER_RECIPE)}
+    return {"stage": "distill", "step": 1, "weights": student.state_dict(), "settings": settings}
 
 
-def test_load_student_gives_the_trained_student_back(world, student):
+def test_load_student_gives_the_trained_student_back(setup, student):
     """From checkpoint.pt: the same logits, in eval mode, whatever query is at hand."""
-    runs.save(world.folder("distill") / "checkpoint.pt", checkpoint(world, student))
-    recipe, found = distill.load_student(world, unit(C, D, seed=8))
+    files.save(setup.folder("distill") / "checkpoint.pt", checkpoint(setup, student))
+    recipe, found = distill.load_student(setup, unit(C, D, seed=8), distill.System())
     assert not found.training and recipe.short_side == SMALL.short_side
     assert torch.equal(found.logits(IMAGES), student.eval().logits(IMAGES))
 
 
-def test_load_student_refuses_other_words_and_another_clip(world, student):
+def test_load_student_refuses_other_words_and_another_clip(setup, student):
     """A student knows its own classes alone and was taught by one CLIP: anything else is an error that says so."""
-    runs.save(world.folder("distill") / "checkpoint.pt", checkpoint(world, student))
-    words = data.vocabulary_of("toys", (("dog",), *VOCABULARY.synonyms[1:]))
+    files.save(setup.folder("distill") / "checkpoint.pt", checkpoint(setup, student))
+    other = words.vocabulary_of("toys", (("dog",), *VOCABULARY.synonyms[1:]))
     with pytest.raises(ValueError, match="another class list.*dog.*cat"):
-        distill.load_student(replace(world, vocabulary=words), QUERY)
+        distill.load_student(replace(setup, vocabulary=other), QUERY, distill.System())
     with pytest.raises(ValueError, match="another CLIP"):
-        distill.load_student(replace(world, fingerprint="0123"), QUERY)
+        distill.load_student(replace(setup, fingerprint="0123"), QUERY)
 
 
 # ------------------------------------------------------------------------------------------ the numbers
@@ -427,4 +433,23 @@ def test_the_recipe_of_voc_is_the_papers():
     assert asdict(distill.RECIPES["voc"]) == dict(
         backbone="resnet50", feature_weight=0.5, text_weight=0.5, short_side=512, crop=(512, 512), scale=(0.5, 2.0),
         distort=True, batch_size=16, learning_rate=0.01, momentum=0.9, weight_decay=5e-4, poly_power=0.9,
-        floor_rate=1e-4, epochs=100, ablation="none")
+        floor=0.01, epochs=100)
+
+
+@pytest.mark.parametrize("dataset, short_side, crop, epochs", [
+    ("voc", 512, (512, 512), 100), ("context", 520, (480, 480), 150), ("context-voc-first", 520, (480, 480), 150),
+    ("ade", 512, (512, 512), 150), ("cityscapes", 512, (512, 512), 100), ("coco", 512, (512, 512), 50)])
+def test_recipes_of_the_other_datasets_are_the_released_codes(dataset, short_side, crop, epochs):
+    """Scale, crop and length differ; batch 16, rate 0.01, ratio 0.5 to 2 and all else are VOC's."""
+    expected = replace(distill.RECIPES["voc"], short_side=short_side, crop=crop, epochs=epochs)
+    assert distill.RECIPES[dataset] == expected
+
+
+def test_rate_of_stage_2_falls_to_its_floor_and_stays_there():
+    """rate · (1 − step/steps)^0.9, and never below 1e-4 with VOC's numbers: the last five steps of 1,000 are at it."""
+    recipe = distill.RECIPES["voc"]
+    rates = [distill.learning_rate(recipe, step, 1000) for step in range(1000)]
+    assert rates[0] == 0.01 and rates[500] == pytest.approx(0.01 * 0.5 ** 0.9)
+    assert min(rates) == rates[-1] == pytest.approx(1e-4) and rates == sorted(rates, reverse=True)
+    assert sum(rate == rates[-1] for rate in rates) == 5         # (6 / 1000)^0.9 > 0.01 > (5 / 1000)^0.9
+    assert distill.learning_rate(replace(recipe, learning_rate=0.1), 999, 1000) == pytest.approx(1e-3)

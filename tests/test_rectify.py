@@ -9,8 +9,7 @@ and random here: an equation holds for any weights. "Equal" means a relative err
 """
 
 import math
-from argparse import Namespace
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +21,7 @@ import clip
 import data
 import distill
 import rectify
+from datasets import DATASETS, images, words
 from helpers import TINY, openai_state, random, relative, unit
 
 START, END = 49406, 49407
@@ -32,7 +32,7 @@ D, E, Et = TINY["embed_dim"], TINY["width"], TINY["text_width"]
 
 @pytest.fixture(scope="module")
 def model() -> clip.CLIP:
-    """A tiny random CLIP, frozen as `open_world` freezes it."""
+    """A tiny random CLIP, frozen as `open_setup` freezes it."""
     return clip.build_model(openai_state(**TINY)).eval().requires_grad_(False)
 
 
@@ -53,7 +53,7 @@ def some_rectifier(model: clip.CLIP, classes: int, prompt_length: int = 73) -> r
 
 def test_query_features_average_every_name_in_every_template(model):
     """W_q: each sentence encoded alone and normalised; the mean over templates and synonyms, normalised again."""
-    vocabulary = data.Vocabulary((("cat", "kitten", "cat's tail"), ("chest of drawers",)), palette=(),
+    vocabulary = words.Vocabulary((("cat", "kitten", "cat's tail"), ("chest of drawers",)), palette=(),
                                  templates=("a photo of a {}.", "the {} in a video game."))
     expected = []
     for names in vocabulary.synonyms:
@@ -238,12 +238,11 @@ def test_the_rectifier_is_eq3_and_eq4(model):
     """Query minus bias through the decoder; at test time an image gets the same logits whatever it is batched with."""
     rectifier = some_rectifier(model, classes=3).eval()
     features, query, bias = unit(2, D, 4, 5, dim=1), unit(3, D, seed=1), random(3, 4, 5)
-    reference = torch.full((3, D), torch.nan)               # its part is done when the bias is known
-    found = rectifier(features, query, reference, bias)
+    found = rectifier(features, query, bias)
     rectified = rectify.query_logits(features, query) - bias
     assert torch.equal(found, rectifier.decoder(features, rectified))
     for b in range(2):
-        assert relative(rectifier(features[b:b + 1], query, reference, bias)[0], found[b]) <= 1e-5
+        assert relative(rectifier(features[b:b + 1], query, bias)[0], found[b]) <= 1e-5
 
 
 def test_bias_that_is_the_same_everywhere_is_lost_in_the_decoder():
@@ -272,7 +271,7 @@ def test_eq5_every_patch_goes_to_exactly_one_class():
     """M̂ is one-hot, bit for bit, and the 1 stands where logit plus Gumbel noise is largest."""
     decoded, scale = random(2, 4, 5, 6), 3.0
     uniform = uniform_like(decoded)
-    masks = rectify.rectified_masks(decoded, scale, tau=0.7, uniform=uniform)
+    masks = rectify.rectified_masks(decoded, scale, uniform)
     for b in range(2):
         for i in range(5):
             for j in range(6):
@@ -283,30 +282,30 @@ def test_eq5_every_patch_goes_to_exactly_one_class():
 
 
 def test_eq5_the_gradient_is_that_of_the_softmax():
-    """Straight-through: forward the hard mask, backward scale/τ · s_k (g_k − Σ s g), s the noisy soft distribution."""
-    scale, tau = 3.0, 0.7
+    """Straight-through: forward the hard mask, backward scale · s_k (g_k − Σ s g), s the noisy soft distribution."""
+    scale = 3.0
     decoded = random(2, 4, 3, 3).requires_grad_()
     uniform, upstream = uniform_like(decoded), random(2, 4, 3, 3, seed=5)
-    (rectify.rectified_masks(decoded, scale, tau, uniform) * upstream).sum().backward()
+    (rectify.rectified_masks(decoded, scale, uniform) * upstream).sum().backward()
     expected = torch.empty(2, 4, 3, 3)
     for b in range(2):
         for i in range(3):
             for j in range(3):
-                exponent = (scale * decoded[b, :, i, j].detach() - (-uniform[b, :, i, j].log()).log()) / tau
+                exponent = (scale * decoded[b, :, i, j].detach() - (-uniform[b, :, i, j].log()).log())
                 s, g = exponent.exp() / exponent.exp().sum(), upstream[b, :, i, j]
-                expected[b, :, i, j] = scale / tau * s * (g - (s * g).sum())
+                expected[b, :, i, j] = scale * s * (g - (s * g).sum())
     assert relative(decoded.grad, expected) <= 1e-5
 
 
-@pytest.mark.parametrize("scale, tau", [(1.0, 1.0), (5.0, 2.0)])
-def test_eq5_equals_torch_with_the_same_noise(scale, tau):
+@pytest.mark.parametrize("scale", [1.0, 5.0])
+def test_eq5_equals_torch_with_the_same_noise(scale):
     """Value and gradient are those of torch.nn.functional.gumbel_softmax(hard=True)."""
     ours, theirs = (random(2, 4, 5, 6).double().requires_grad_() for _ in range(2))
     torch.manual_seed(3)
     uniform = torch.empty(ours.shape, dtype=torch.float64).exponential_().neg().exp()   # torch's noise is −log uniform
-    found = rectify.rectified_masks(ours, scale, tau, uniform)
+    found = rectify.rectified_masks(ours, scale, uniform)
     torch.manual_seed(3)
-    expected = F.gumbel_softmax(scale * theirs, tau, hard=True, dim=1)
+    expected = F.gumbel_softmax(scale * theirs, tau=1.0, hard=True, dim=1)
     assert torch.equal(found.round(), expected.round())
     upstream = random(2, 4, 5, 6, seed=5)
     (found * upstream).sum().backward()
@@ -319,25 +318,25 @@ def test_eq5_the_rarest_random_numbers_stay_finite():
     decoded = torch.zeros(1, 2, 1, 4, requires_grad=True)
     near_one = 1 - 2 ** -24
     uniform = torch.tensor([[0.0, 0.0, near_one, 1.0], [0.0, 0.5, near_one, 1.0]]).view(1, 2, 1, 4)
-    masks = rectify.rectified_masks(decoded, scale=100.0, tau=1.0, uniform=uniform)
+    masks = rectify.rectified_masks(decoded, scale=100.0, uniform=uniform)
     assert torch.equal(masks.sum(dim=1), torch.ones(1, 1, 4))
     (masks * random(1, 2, 1, 4)).sum().backward()
     assert decoded.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("tau", [0.5, 1.0, 4.0])
-def test_eq5_classes_are_drawn_as_often_as_softmax_says(tau):
-    """Over many patches the share of class k is softmax(scale · M_o)_k; τ changes the gradient, not the frequency."""
-    logits, scale, patches = torch.tensor([0.0, 0.5, -0.3, 0.9]), 2.0, 40_000
+@pytest.mark.parametrize("scale", [0.5, 2.0, 4.0])
+def test_eq5_classes_are_drawn_as_often_as_softmax_says(scale):
+    """Over many patches the share of class k is softmax(scale · M_o)_k."""
+    logits, patches = torch.tensor([0.0, 0.5, -0.3, 0.9]), 40_000
     decoded = logits.view(1, 4, 1, 1).expand(1, 4, 200, patches // 200)
-    share = rectify.rectified_masks(decoded, scale, tau, uniform_like(decoded)).mean(dim=(0, 2, 3))
+    share = rectify.rectified_masks(decoded, scale, uniform_like(decoded)).mean(dim=(0, 2, 3))
     assert torch.allclose(share, (scale * logits).softmax(dim=0), atol=0.01)            # four standard deviations
 
 
 def test_eq5_a_huge_scale_leaves_nothing_to_chance():
     """With scale → ∞ the masks are the argmax of M_o."""
     decoded = random(2, 4, 5, 6)
-    masks = rectify.rectified_masks(decoded, scale=1e6, tau=1.0, uniform=uniform_like(decoded))
+    masks = rectify.rectified_masks(decoded, scale=1e6, uniform=uniform_like(decoded))
     assert torch.equal(masks.argmax(dim=1), decoded.argmax(dim=1))
 
 
@@ -422,7 +421,7 @@ def pictures(tmp_path_factory) -> dict:
 @torch.no_grad()
 def window_features(model: clip.CLIP, path, short_side: int, ratio: float) -> torch.Tensor:
     """CLIP's vector of every window of one picture, window by window: (k², D)."""
-    image = data.to_tensor(data.short_side_to(data.read_image(path), short_side))
+    image = data.to_tensor(data.short_side_to(images.read_image(path), short_side))
     return torch.cat([model.encode_image(F.interpolate(window[None], size=(32, 32), mode="bicubic", antialias=True))
                       for window in rectify.windows(image, ratio)])
 
@@ -444,10 +443,11 @@ def test_eq6_votes_of_a_folder_equal_window_by_window(model, pictures, monkeypat
 
     seen, encode_image = [], model.encode_image
     monkeypatch.setattr(model, "encode_image", lambda images: seen.append(len(images)) or encode_image(images))
-    found = rectify.count_votes(model, query, pictures, short_side, ratio, "fp32", workers=0, windows_per_batch=per_batch)
-    assert list(found) == list(pictures)
-    for name in pictures:
-        assert relative(found[name], expected[name]) <= 1e-5
+    setup = SimpleNamespace(clip_model=model, device=model.device, training_images=pictures, workers=0, precision="fp32")
+    found = rectify.count_votes(setup, query, rectify.Recipe(short_side=short_side, window_ratio=ratio), per_batch)
+    assert len(found) == len(pictures)
+    for of_image, name in zip(found, pictures):
+        assert relative(of_image, expected[name]) <= 1e-5
     assert seen == batches                                          # each window once; never more than was allowed
 
 
@@ -545,12 +545,14 @@ def test_rectifier_holds_what_stage_1_trains_and_nothing_else(model):
     assert torch.equal(rectifier.prompt, model.token_embedding.weight[:1].expand(73, Et))
 
 
-RECIPE = rectify.Recipe(mask_scale=2.0, loss_scale=20.0)
+RECIPE = rectify.Recipe(mask_scale=2.0, loss_scale=20.0, vote_threshold=0.1)
 IMAGES = random(2, 3, 24, 37)                                       # 3 × 5 patches of 8 pixels, the last ones padded
+VOTES = torch.tensor([[0.6, 0.05, 0.35], [0.02, 0.9, 0.08]])        # of which HYPOTHESIS[:, :3] is above 0.1
 
 
 def step(model: clip.CLIP, rectifier: rectify.Rectifier, seed: int = 0) -> torch.Tensor:
-    return rectify.train_step(rectifier, model, IMAGES, HYPOTHESIS[:, :3], unit(3, D, seed=1), NAMES, RECIPE,
+    features = model.encode_dense(IMAGES, path="residual")
+    return rectify.train_step(rectifier, model, features, VOTES, unit(3, D, seed=1), NAMES, RECIPE,
                               torch.Generator().manual_seed(seed))
 
 
@@ -609,35 +611,41 @@ def test_training_lowers_the_loss(model):
 
 # ------------------------------------------------------------------------------------------ the numbers
 
-def test_poly_rate_follows_its_formula():
+def test_rate_of_stage_1_follows_the_poly_schedule():
     """rate · (1 − step/horizon)^0.9: the full rate at first, zero at the horizon, 0.0077 where VOC's run stops."""
-    assert rectify.poly_rate(0.01, 0, 200, 0.9) == 0.01
-    assert rectify.poly_rate(0.01, 50, 200, 0.9) == pytest.approx(0.0077189, abs=1e-7)
-    assert rectify.poly_rate(0.01, 100, 200, 0.9) == pytest.approx(0.0053589, abs=1e-7)
-    assert rectify.poly_rate(0.01, 200, 200, 0.9) == 0
-    assert rectify.poly_rate(0.04, 50, 200, 1.0) == pytest.approx(0.03)
+    recipe = rectify.Recipe(learning_rate=0.01, horizon=20, epochs=5, poly_power=0.9)
+    rates = [rectify.learning_rate(recipe, step, steps_per_epoch=10) for step in (0, 50, 100, 200)]
+    assert rates == [0.01, pytest.approx(0.0077189, abs=1e-7), pytest.approx(0.0053589, abs=1e-7), 0]
+    assert rectify.learning_rate(replace(recipe, learning_rate=0.04, poly_power=1.0), 50, 10) == pytest.approx(0.03)
+
+
+def test_rate_of_a_run_longer_than_its_horizon_stays_real():
+    """--epochs beyond the horizon moves it: a negative number has no power of 0.9."""
+    recipe = rectify.Recipe(learning_rate=0.01, horizon=20, epochs=50)
+    assert rectify.learning_rate(recipe, 499, steps_per_epoch=10) == pytest.approx(0.01 * (1 / 500) ** 0.9)
 
 
 def test_the_recipe_of_voc_is_the_papers():
     """Every number of stage 1 on VOC, as the paper and the released code have it."""
     assert asdict(rectify.RECIPES["voc"]) == dict(
-        dense_path="residual", prompt_length=73, window_ratio=1 / 6, vote_threshold=0.07, mask_scale=100.0, mask_tau=1.0,
+        dense_path="residual", prompt_length=73, window_ratio=1 / 6, vote_threshold=0.07, mask_scale=100.0,
         loss_scale=100.0, short_side=336, crop=(336, 336), scale=(0.5, 2.0), distort=True, batch_size=1, learning_rate=0.01,
         momentum=0.9, weight_decay=5e-4, poly_power=0.9, horizon=200, epochs=50,
-        augment_once=False, ablation="none")
+        cache_features=0.0)
 
 
 @pytest.mark.parametrize("stage", [rectify, distill])
 def test_every_dataset_has_a_recipe_that_the_flags_can_change(stage):
     """Known datasets and folders have a recipe in both stages; --epochs and --batch-size replace their own field, and the
     learning rate goes with the batch."""
-    for name in [*data.KNOWN, "some/folder"]:
-        world = SimpleNamespace(name=name, training_images=range(1000))
-        plain = rectify.recipe_for(world, Namespace(), stage.RECIPES)
+    for name in [*DATASETS, "some/folder"]:
+        def recipe(*given):
+            args = stage.flags().parse_args(given)
+            return data.recipe_for(SimpleNamespace(data=name, training_images=range(1000), args=args), stage.RECIPES, {})
+
+        plain = recipe()
         assert plain == stage.RECIPES["folder" if name == "some/folder" else name]
-        changed = rectify.recipe_for(world, Namespace(epochs=1000, batch_size=3), stage.RECIPES)
-        rates = ["learning_rate"] + (["floor_rate"] if stage is distill else [])
-        allowed = {rate: pytest.approx(getattr(plain, rate) * 3 / plain.batch_size) for rate in rates}
-        allowed |= {"epochs": 1000, "batch_size": 3} | ({"horizon": 1000} if stage is rectify else {})
-        assert asdict(changed) == asdict(plain) | allowed          # a horizon before the end would make a rate complex
+        rate = pytest.approx(plain.learning_rate * 3 / plain.batch_size)
+        assert asdict(recipe("--epochs", "1000", "--batch-size", "3")) \
+            == asdict(plain) | {"epochs": 1000, "batch_size": 3, "learning_rate": rate}
     assert rectify.RECIPES["folder"].vote_threshold == 0            # of unknown images: whatever wins one window

@@ -1,4 +1,4 @@
-"""clip/tokenizer.py against open_clip's tokenizer, on ten thousand strings that are as odd as captions from the web.
+"""clip/tokenizer.py against open_clip's tokenizer, on ten thousand strings as odd as captions from the web.
 
     python -m pytest tests/test_tokenizer.py
 """
@@ -25,18 +25,23 @@ START, END = 49406, 49407
 # --------------------------------------------------------------------------------------------- odd strings
 
 SCRIPTS = {                                                                        # first and last code point
-    "Latin": (0x00C0, 0x024F), "Greek": (0x0370, 0x03FF), "Cyrillic": (0x0400, 0x04FF), "Hebrew": (0x05D0, 0x05EA),
-    "Arabic": (0x0600, 0x06FF), "Devanagari": (0x0900, 0x097F), "Thai": (0x0E00, 0x0E5B), "Georgian": (0x10A0, 0x10FF),
-    "Hangul": (0xAC00, 0xD7A3), "Kana": (0x3040, 0x30FF), "Han": (0x4E00, 0x9FFF), "combining": (0x0300, 0x036F),
+    "Latin": (0x00C0, 0x024F), "Greek": (0x0370, 0x03FF), "Cyrillic": (0x0400, 0x04FF),
+    "Hebrew": (0x05D0, 0x05EA), "Arabic": (0x0600, 0x06FF), "Devanagari": (0x0900, 0x097F),
+    "Thai": (0x0E00, 0x0E5B), "Georgian": (0x10A0, 0x10FF), "Hangul": (0xAC00, 0xD7A3),
+    "Kana": (0x3040, 0x30FF), "Han": (0x4E00, 0x9FFF), "combining": (0x0300, 0x036F),
     "punctuation": (0x2000, 0x206F), "symbols": (0x2190, 0x27BF), "emoji": (0x1F300, 0x1FAFF),
     "full width": (0xFF01, 0xFF5E), "ligatures": (0xFB00, 0xFB06), "numbers": (0x2150, 0x218B),
-    "mathematics": (0x1D400, 0x1D7FF), "tags": (0xE0000, 0xE007F), "control": (0x0000, 0x001F), "C1": (0x0080, 0x00A0)}
-WORDS = ("a photo of the cat dog person skyscraper conveyor tvmonitor Photograph IMG_2041.JPG DSC00012 don't I'm they're "
-         "we'll he'd 'S 'LL it’s naïve Straße İstanbul ſtraße ΣΊΣΥΦΟΣ ﬁne 42 3.14 1,000 ½ x² № 👩‍🚀 🇩🇪 ❤️ ... ?! -- // "
+    "mathematics": (0x1D400, 0x1D7FF), "tags": (0xE0000, 0xE007F), "control": (0x0000, 0x001F),
+    "C1": (0x0080, 0x00A0)}
+WORDS = ("a photo of the cat dog person skyscraper conveyor tvmonitor Photograph IMG_2041.JPG DSC00012 don't "
+         "I'm they're we'll he'd 'S 'LL it’s naïve Straße İstanbul ſtraße ΣΊΣΥΦΟΣ ﬁne 42 3.14 1,000 ½ x² № "
+         "👩‍🚀 🇩🇪 ❤️ ... ?! -- // "
          "#hashtag @user http://a.b/c?d=e&f=g <b>bold</b> aaaaaaaaaaaaaaaaaaaa").split()
 ENTITIES = ["&amp;", "&lt;", "&gt;", "&quot;", "&#39;", "&nbsp;", "&eacute;", "&#x1F600;", "&amp;amp;",
-            "&amp;lt;br&amp;gt;", "&amp;#39;", "&amp;amp;amp;", "&notanentity;", "&", "&#0;", "&#xD800;", "&#1114112;"]
-SPECIALS = ["<|startoftext|>", "<|endoftext|>", "<|EndOfText|>", "<|endoftext|", "<|endofteXt|>s", "<|ſtartoftext|>",
+            "&amp;lt;br&amp;gt;", "&amp;#39;", "&amp;amp;amp;", "&notanentity;", "&", "&#0;", "&#xD800;",
+            "&#1114112;"]
+SPECIALS = ["<|startoftext|>", "<|endoftext|>", "<|EndOfText|>", "<|endoftext|", "<|endofteXt|>s",
+            "<|ſtartoftext|>",
             "!<|endoftext|>!", "<start_of_text>", "<end_of_text>"]
 SPACES = [" ", "  ", "\t", "\n", "\r\n", "\u00a0", "\u3000", "\u200b", "\x1c", "\x85", ""]
 
@@ -50,14 +55,16 @@ def mojibake(r: random.Random) -> str:
     """UTF-8 read as if it were another encoding, once or twice: what ftfy is there to mend."""
     text = r.choice(["naïve café", "schön", "“quoted”", "it’s", "日本語", "Привет", from_script(r)])
     for _ in range(r.randint(1, 2)):
-        text = text.encode("utf-8", "replace").decode(r.choice(["latin-1", "cp1252", "cp437", "macroman"]), "replace")
+        encoding = r.choice(["latin-1", "cp1252", "cp437", "macroman"])
+        text = text.encode("utf-8", "replace").decode(encoding, "replace")
     return text
 
 
 def odd_string(r: random.Random) -> str:
-    """A few pieces of all kinds, glued with all kinds of spaces or none; one in fifty is far too long for CLIP."""
-    kinds = [lambda: r.choice(WORDS), lambda: r.choice(WORDS), lambda: r.choice(ENTITIES), lambda: from_script(r),
-             lambda: mojibake(r), lambda: r.choice(SPECIALS), lambda: str(r.randrange(10 ** r.randint(1, 12))),
+    """Pieces of all kinds, glued with all kinds of spaces or none; one in fifty is far too long for CLIP."""
+    kinds = [lambda: r.choice(WORDS), lambda: r.choice(WORDS), lambda: r.choice(ENTITIES),
+             lambda: from_script(r), lambda: mojibake(r), lambda: r.choice(SPECIALS),
+             lambda: str(r.randrange(10 ** r.randint(1, 12))),
              lambda: "".join(r.choice("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~") for _ in range(r.randint(1, 6))),
              lambda: "".join(r.choice("abcdefghijklmnopqrstuvwxyzABCXYZ") for _ in range(r.randint(1, 12)))]
     count = r.randint(60, 150) if r.random() < 0.02 else r.randint(1, 7)
@@ -93,12 +100,12 @@ def test_ten_thousand_strings_equal_open_clip():
     expected = [reference.encode(text) for text in texts]
     for text, ids in zip(texts, expected):
         assert clip.encode(text) == ids, repr(text)
-    assert sum(len(ids) > 75 for ids in expected) > 150                             # the cut is really exercised
+    assert sum(len(ids) > 75 for ids in expected) > 150                          # the cut is really exercised
     assert torch.equal(clip.tokenize(texts[:2000], truncate=True).long(), reference(texts[:2000]))
 
 
 def test_known_ids():
-    """Three sentences whose ids are known from OpenAI's own package: right even where open_clip is not installed."""
+    """Three sentences whose ids are known from OpenAI's own package: right also without open_clip."""
     assert clip.encode("hello world!") == [3306, 1002, 256]
     assert clip.encode("a photo of a cat") == [320, 1125, 539, 320, 2368]
     row = clip.tokenize("a diagram")[0].tolist()
@@ -139,13 +146,13 @@ def test_too_long_a_text_is_named():
 
 
 def test_truncation_keeps_the_end():
-    """truncate=True keeps the first 75 tokens and the end token, where CLIP reads the sentence; short texts stay."""
+    """truncate=True keeps the first 75 tokens and the end token, where CLIP reads; short texts stay."""
     tokens = clip.tokenize(["cat " * 76, "cat " * 1000, "a dog"], truncate=True)
     assert tokens[0].tolist() == tokens[1].tolist() == [START] + [2368] * 75 + [END]
     assert torch.equal(tokens[2:], clip.tokenize("a dog"))
 
 
-# --------------------------------------------------------------------------------------------- any string at all
+# ------------------------------------------------------------------------------------------ any string at all
 
 def decode(ids: list[int]) -> str:
     """The text of token ids, without spaces: letters back to bytes, bytes back to text."""
@@ -168,9 +175,10 @@ def test_any_string_can_be_encoded_and_read_back(text):
 
 
 def test_vocabulary_file():
-    """The shipped vocabulary is OpenAI's, byte for byte, and gives 49408 tokens with 256 different byte letters."""
+    """The shipped vocabulary is OpenAI's, byte for byte: 49408 tokens with 256 different byte letters."""
     data = (Path(clip.__file__).parent / "bpe_simple_vocab_16e6.txt.gz").read_bytes()
-    assert hashlib.sha256(data).hexdigest() == "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
+    expected = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
+    assert hashlib.sha256(data).hexdigest() == expected
     ids, ranks = vocabulary()
     assert len(ids) == 49408 and sorted(ids.values()) == list(range(49408)) and len(ranks) == 49408 - 2 - 512
     assert len(set(byte_letters().values())) == 256

@@ -1,8 +1,8 @@
 """Look a dataset through before anything is trained on it: is all there, can it be read, do the labels fit?
 
-    python check.py --data ade --root DIR      decodes every image, and every label that evaluation would open
-    python check.py --data coco --quick        counts everything, decodes a sample
-    python check.py --data photos --classes names.txt --labels photo_labels
+    python datasets/check.py --data ade --root DIR      decodes every image, and every label that evaluation would open
+    python datasets/check.py --data coco --quick        counts everything, decodes a sample
+    python datasets/check.py --data photos --classes names.txt --labels photo_labels
 
 Says what is wrong and how to mend it; changes no file. Exit code 0: all is well, 2: something must be mended.
 
@@ -15,22 +15,33 @@ Labels of training images are counted, not opened.
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 
-from public_datasets import DATASETS
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])      # modules are named from the project's folder
+
+from harness import errors
+from harness import flags as common
 
 
 def flags() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--data", metavar="NAME|FOLDER", default="toyland",
-                        help=f"toyland, {', '.join(DATASETS)}, or a folder of your own images")
-    parser.add_argument("--root", metavar="DIR", default="data", help="where datasets lie")
-    parser.add_argument("--classes", metavar="FILE", default=None,
+    parser = common.plain_parser(__doc__)
+    parser.add_argument("--data", type=common.path, metavar="NAME|FOLDER", default="toyland",
+                        help="toyland, voc, context, ade, cityscapes, coco (all that this folder describes), or a "
+                             "folder of your own images (default: toyland)")
+    parser.add_argument("--root", type=common.path, metavar="DIR", default="data",
+                        help="where datasets lie (default: data)")
+    parser.add_argument("--classes", type=common.path, metavar="FILE",
                         help="one class name a line, synonyms after commas; needed for a folder of your own")
-    parser.add_argument("--labels", metavar="DIR", default=None, help="index pictures of a folder of your own images")
+    parser.add_argument("--labels", type=common.path, metavar="DIR",
+                        help="index pictures of a folder of your own images")
     parser.add_argument("--quick", action="store_true", help="decode 200 images of each split instead of all")
-    parser.add_argument("--seed", type=int, metavar="N", default=0, help="of the sample that --quick decodes")
-    parser.add_argument("--workers", type=int, metavar="N", default=4, help="threads that decode")
+    parser.add_argument("--seed", type=common.whole(0), metavar="N", default=0,
+                        help="of the sample that --quick decodes (default: 0)")
+    parser.add_argument("--workers", type=common.whole(0), metavar="N", default=4,
+                        help="threads that decode (default: 4)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
     return parser
 
 
@@ -40,15 +51,14 @@ if __name__ == "__main__":
 import random
 import shlex
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-import data
-import ground_truth
-import public_datasets
-import runs
+from datasets import DATASETS, IGNORE, is_folder
+from datasets import images as images_of
+from datasets import labels as ground_truth
+from datasets import words as class_lists
 
 SAMPLE = 200                                # images that --quick decodes of each split
 SHOWN = 5                                   # files that are named of many with a fault
@@ -61,22 +71,17 @@ def splits_of(name: str, root: str, labels: str | None) -> tuple[dict, dict, lis
 
     A folder of your own has one split, "all". Raises FileNotFoundError when the tree itself is not there.
     """
-    if name not in DATASETS and runs.is_folder(name):
-        images = {"all": data.training_images(name, root)}
+    if is_folder(name):
+        images = {"all": images_of.training_images(name, root)}
         return images, {"all": ground_truth.true_label_files(name, root, list(images["all"]), labels)}, []
     images, found, problems = {}, {}, []
-    if name in DATASETS:
-        public_datasets.find(name, root)
-    for split, list_images in (("train", data.training_images), ("val", data.validation_images)):
+    for split, list_images in (("train", images_of.training_images), ("val", images_of.validation_images)):
         try:
             images[split] = list_images(name, root)
         except (ValueError, OSError) as error:
             problems.append(f"{split}: {error}")
             continue
-        if name in DATASETS:
-            found[split] = public_datasets.label_files(name, root, split, list(images[split]))
-        elif split == "val":
-            found[split] = ground_truth.true_label_files(name, root, list(images[split]))
+        found[split] = ground_truth.label_files(name, root, split, list(images[split]))
     return images, found, problems
 
 
@@ -85,7 +90,7 @@ def wrong_counts(name: str, root: str, images: dict, labels: dict) -> list[str]:
     problems = []
     for split in images:
         if name in DATASETS:
-            dataset, used = DATASETS[name], public_datasets.list_of(name, public_datasets.find(name, root), split)
+            dataset, used = DATASETS[name], images_of.list_of(name, images_of.find(name, root), split)
             expected = (dataset.curated_counts if dataset.curated and used else dataset.counts)[split]
             if len(images[split]) != expected:
                 problems.append(f"{split}: expected {expected} images{f' in {used}' if used else ''}, found "
@@ -100,7 +105,7 @@ def wrong_counts(name: str, root: str, images: dict, labels: dict) -> list[str]:
             pattern = " or ".join(DATASETS[name].labels.values()).replace("{split}", DATASETS[name].splits[split])
             problems.append(f"{split}: expected labels {pattern}, found none. Training needs none; evaluate.py does. "
                             f"Unpack: {DATASETS[name].archive}.")
-    if both := sorted(images.get("train", {}).keys() & images.get("val", {}).keys()):
+    if both := sorted(map(str, set(images.get("train", {}).values()) & set(images.get("val", {}).values()))):
         problems.append(f"expected no image in both splits, found {len(both)} ({some(both)}). Mend the lists.")
     return problems
 
@@ -108,14 +113,14 @@ def wrong_counts(name: str, root: str, images: dict, labels: dict) -> list[str]:
 def labels_without_images(name: str, root: str, images: dict, labels_folder: str | None) -> list[str]:
     """Label files to which no image belongs: half of an archive is missing, or files were renamed."""
     if name in DATASETS:
-        dataset, base, problems = DATASETS[name], public_datasets.find(name, root), []
+        dataset, base, problems = DATASETS[name], images_of.find(name, root), []
         seen = {(pattern.replace("{split}", folder), dataset.images.replace("{split}", folder))
                 for folder in dataset.splits.values() for pattern in dataset.labels.values()}
-        pairs = [(base / pattern, public_datasets.fitting(base, pattern), public_datasets.fitting(base, of_images))
+        pairs = [(base / pattern, images_of.fitting(base, pattern), images_of.fitting(base, of_images))
                  for pattern, of_images in sorted(seen)]
     elif labels_folder is not None:
         problems = []
-        pairs = [(Path(labels_folder, "{id}.png"), public_datasets.fitting(Path(labels_folder), "{id}.png"), images["all"])]
+        pairs = [(Path(labels_folder, "{id}.png"), images_of.fitting(Path(labels_folder), "{id}.png"), images["all"])]
     else:
         return []
     for pattern, labels, known in pairs:
@@ -129,12 +134,12 @@ def labels_without_images(name: str, root: str, images: dict, labels_folder: str
 
 def other_class_order(name: str, root: str) -> list[str]:
     """ADE20K comes with a list of its classes, with synonyms: are they ours, in our order?"""
-    path = public_datasets.find(name, root) / "objectInfo150.txt" if name == "ade" else None
+    path = images_of.find(name, root) / "objectInfo150.txt" if name == "ade" else None
     if path is None or not path.is_file():
         return []
     rows = [line.split("\t") for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
     official = {int(row[0]): [part.strip() for part in row[-1].split(",")] for row in rows if row[0].strip().isdecimal()}
-    for number, ours in enumerate(data.KNOWN["ade"][0], start=1):
+    for number, ours in enumerate(DATASETS["ade"].names, start=1):
         if ours not in official.get(number, []):
             found = ", ".join(official.get(number, ["no such line"]))
             return [f"{path}: expected class {number} to be {ours}, found {found}. This is not ADEChallengeData2016, or not "
@@ -148,7 +153,7 @@ def other_class_order(name: str, root: str) -> list[str]:
 def look_at(image: Path, label: Path | None, table) -> tuple[str | None, np.ndarray | None]:
     """Decode an image and, where there is one, its label: what is wrong, and the pixels of each class, (256,) int64."""
     try:
-        picture = data.read_image(image)
+        picture = images_of.read_image(image)
         if label is None:
             return None, None
         classes = ground_truth.read_label(label, table, size=(picture.height, picture.width))
@@ -180,19 +185,19 @@ def print_classes(names: list[str], counts: np.ndarray) -> None:
     for number, name in enumerate(names):
         if pixels[number]:
             print(f"{name:24}{pixels[number]:14d}{100 * pixels[number] / counted:9.2f}{shown[number]:8d}")
-    print(f"{'(ignored)':24}{pixels[data.IGNORE]:14d}{'':9}{shown[data.IGNORE]:8d}")
+    print(f"{'(ignored)':24}{pixels[IGNORE]:14d}{'':9}{shown[IGNORE]:8d}")
     if never := [name for number, name in enumerate(names) if not pixels[number]]:
         print(f"In none of these {len(counts)} labels: {', '.join(never)}")
 
 
 def print_both_orders(name: str, counts: np.ndarray, most: int = 8) -> None:
     """PASCAL Context: the commonest classes, were the labels in this order and were they in the other."""
-    names, pixels = data.KNOWN[name][0], counts.sum(axis=0)
+    names, pixels = DATASETS[name].names, counts.sum(axis=0)
     values = {number: value for order in DATASETS[name].labels
-              for value, number in public_datasets.label_values(name, order)[0].items()}
+              for value, number in DATASETS[name].label_values(order)[0].items()}
     print("\nThe commonest classes in either order. Photographs show more sky and grass than mice and cups:")
     for order, reader in ground_truth.context_orders().items():
-        class_of, _ = public_datasets.label_values(reader, order)
+        class_of, _ = DATASETS[reader].label_values(order)
         read = sorted(((pixels[number], names[class_of[value]]) for number, value in values.items()), reverse=True)[:most]
         shares = ", ".join(f"{other} {100 * count / max(1, pixels[:len(names)].sum()):.0f} %" for count, other in read)
         print(f"{order + (' (declared)' if reader == name else ''):24}{shares}")
@@ -207,9 +212,9 @@ def some(names: list[str]) -> str:
 
 def main(args: argparse.Namespace) -> list[str]:
     """Print what is there and what is wrong with it; return the latter, empty when all is well."""
-    name, words = args.data, data.vocabulary(args.data, args.classes)
+    name, words = args.data, class_lists.vocabulary(args.data, args.classes)
     images, labels, problems = splits_of(name, args.root, args.labels)
-    print(f"{name}: {len(words)} classes" + (f", {DATASETS[name].title}, in {public_datasets.find(name, args.root)}"
+    print(f"{name}: {len(words)} classes" + (f", {DATASETS[name].title}, in {images_of.find(name, args.root)}"
                                              if name in DATASETS else ""))
     for split in images:
         note = "  (not opened: no training reads a label)" if split == "train" else ""
@@ -240,7 +245,7 @@ def main(args: argparse.Namespace) -> list[str]:
             print_classes(words.names, counts)
             if not counts[:, :len(words)].any():
                 problems.append(f"{split}: expected labels that name a class, found ignored pixels alone.")
-            if name in DATASETS and DATASETS[name].classes == "context":
+            if name in DATASETS and "context" in name:
                 print_both_orders(name, counts)
     if problems:
         print(f"\n{len(problems)} to mend:")
@@ -255,5 +260,5 @@ def main(args: argparse.Namespace) -> list[str]:
 
 
 if __name__ == "__main__":
-    with runs.errors_in_one_paragraph():
+    with errors.one_paragraph(FLAGS.debug):
         raise SystemExit(2 if main(FLAGS) else 0)

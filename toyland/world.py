@@ -1,7 +1,6 @@
-"""Toyland: a small drawn world in which the whole method runs in minutes, and the training of its small CLIP.
+"""The drawn world: classes, captioned pictures, scenes.
 
-    python toyland.py                 draw the scenes into data/toyland and a contact sheet to look at
-    python toyland.py --pretrain      train the small CLIP from captions alone; writes clip/toyland.pt. --resume goes on
+    python toyland/world.py                    draw the scenes into data/toyland, and a sheet to look at
 
 Two kinds of pictures, as in the real story of CLIP and its use for segmentation:
 
@@ -11,46 +10,37 @@ captioned pictures   64×64, one or two things near the centre, or stuff alone; 
 scenes               96×128, several stuffs, things anywhere. This is what is segmented. Validation scenes have a
                      dense truth; the truth of training scenes is never written to disk.
 
-    B images · H,W pixels · T tokens · U different captions in a batch
+    H,W pixels
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import os
-import time
+import sys
 from pathlib import Path
 
-import runs
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])      # modules are named from the project's folder
 
-# ------------------------------------------------------------------------------------------ flags
+from harness import errors, files
+from harness import flags as common
 
 
 def flags() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--root", default="data", metavar="DIR", help="the scenes go to DIR/toyland")
-    parser.add_argument("--pretrain", action="store_true", help="train the small CLIP and the small ResNet")
-    parser.add_argument("--weights", default="clip", metavar="DIR", help="where --pretrain writes its two files")
-    parser.add_argument("--pictures", type=runs.positive, default=60_000, help="captioned pictures to draw for --pretrain")
-    parser.add_argument("--epochs", type=runs.positive, default=7, help="passes over them")
-    parser.add_argument("--seed", type=runs.not_negative, default=0, help="of the captioned pictures and the training")
-    parser.add_argument("--resume", action="store_true", help="continue an unfinished --pretrain where it stopped")
-    parser.add_argument("--out", metavar="DIR", default="runs", help="--pretrain keeps its state in DIR/toyland/")
+    parser = common.plain_parser(__doc__)
+    parser.add_argument("--root", type=common.path, default="data", metavar="DIR",
+                        help="the scenes go to DIR/toyland (default: data)")
+    parser.add_argument("--seed", type=common.whole(0), metavar="N", default=0,
+                        help="of the captioned pictures on the sheet (default: 0)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
     return parser
 
 
 if __name__ == "__main__":
-    FLAGS = flags().parse_args()            # before torch is imported: --help answers at once
+    FLAGS = flags().parse_args()            # before numpy is imported: --help answers at once
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-import torchvision
 from PIL import Image, ImageDraw
-from torch import Tensor
-from torchvision.models.resnet import Bottleneck
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------ the world
@@ -415,239 +405,13 @@ def another_world(root: Path, samples: int = 8) -> bool:
 
 
 def write_png(image: Image.Image, path: Path) -> None:
-    runs.write_atomically(path, lambda file: image.save(file, format="PNG"), flush=False)
-
-
-# ------------------------------------------------------------------------------------------ the small CLIP
-
-# OpenAI's architecture and tokenizer at small size. [ours: what one core trains in a quarter of an hour] Two layers: a
-# deeper small tower lets every patch learn what the whole picture shows, and say that instead of what is under it.
-SMALL_CLIP = dict(embed_dim=128, image_resolution=PICTURE, vision_patch_size=8, vision_width=128, vision_layers=2,
-                  context_length=77, vocab_size=49408, transformer_width=128, transformer_heads=2,
-                  transformer_layers=2)
-BATCH = 256
-LEARNING_RATE = 1e-3                        # AdamW, cosine to zero after a short warm-up
-WEIGHT_DECAY = 0.1
-# FLIP (Li et al. 2023) drops random patches to train faster. Here it matters for another reason: when the one
-# tell-tale patch (a wheel) is often missing, the rest of the car must say "car" too.
-PATCH_DROPOUT = 0.65
-WHOLE_PICTURES = 0.1                        # the last share of the training sees all patches, as the tests will
-RESNET_EPOCHS = 2
-
-
-def pretraining_pictures(seed: int, count: int) -> tuple[np.ndarray, list[str]]:
-    """`count` captioned pictures, (count, 64, 64, 3) uint8, and what their captions name."""
-    chunks = [(seed, chunk, min(500, count - chunk)) for chunk in range(0, count, 500)]
-    pictures, captions = np.empty((count, PICTURE, PICTURE, 3), np.uint8), []
-    # torch's loader, for its processes end when this one is killed; those of Python's own pools would wait for ever.
-    loader = torch.utils.data.DataLoader(chunks, batch_size=None, collate_fn=draw_chunk, num_workers=os.cpu_count() or 1)
-    for images, texts in tqdm(loader, desc="drawing", unit="×500"):
-        pictures[len(captions):len(captions) + len(texts)] = images
-        captions.extend(texts)
-    return pictures, captions
-
-
-def draw_chunk(chunk: tuple[int, int, int]) -> tuple[np.ndarray, list[str]]:
-    seed, first, count = chunk
-    rng = np.random.default_rng([3, seed, first])
-    pictures, captions = zip(*(captioned_picture(rng) for _ in range(count)))
-    return np.stack(pictures), list(captions)
-
-
-def to_batch(pictures: np.ndarray) -> Tensor:
-    """uint8 pictures (B, 64, 64, 3) → normalised tensor (B, 3, 64, 64), each flipped with probability ½."""
-    from data import MEAN, STD
-    images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
-    flip = torch.rand(len(images)) < 0.5
-    images[flip] = images[flip].flip(dims=(3,))
-    return (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-
-
-def encode_some_patches(model, images: Tensor, dropout: float) -> Tensor:
-    """`encode_image` on a random subset of the patches (FLIP, Sec. 3.1): (B, 3, H, W) → (B, D)."""
-    x = model.visual.embed(images)                                              # (B, 1 + n, E)
-    if dropout > 0:
-        B, n = len(x), x.shape[1] - 1
-        keep = 1 + torch.rand(B, n).argsort(dim=1)[:, :round(n * (1 - dropout))]
-        keep = torch.cat([torch.zeros(B, 1, dtype=torch.long), keep], dim=1)    # the class token always stays
-        x = x.gather(dim=1, index=keep[..., None].expand(-1, -1, x.shape[2]))
-    return model.visual.pool(model.visual.transformer(x))
-
-
-def caption_loss(image_features: Tensor, text_features: Tensor, caption: Tensor, scale: Tensor) -> Tensor:
-    """CLIP's symmetric contrastive loss where equal captions count as one.
-
-    image_features (B, D) and text_features (U, D) of unit length; caption (B,) in 0..U-1; scale: exp(logit_scale).
-    Toyland says few different things: in a batch of 256 many captions coincide, and pushing a picture away from its
-    own caption beside another picture would teach nonsense.
-    """
-    logits = scale * image_features @ text_features.T                           # (B, U)
-    images_to_texts = F.cross_entropy(logits, caption)
-    owners = F.one_hot(caption, len(text_features)).T.float()                   # (U, B)
-    owners = owners / owners.sum(dim=1, keepdim=True)
-    texts_to_images = -(owners * logits.T.log_softmax(dim=1)).sum(dim=1).mean()
-    return (images_to_texts + texts_to_images) / 2
-
-
-class Draws:
-    """All chance in a pre-training: the order of the pictures, NumPy's generator, and torch's own.
-
-    A state that can be saved: a training that continues draws what one without interruption would have drawn.
-    """
-
-    def __init__(self, pictures: int, *seed: int):
-        self.pictures, self.rng, self.order = pictures, np.random.default_rng(seed), np.arange(pictures)
-        self.per_epoch = pictures // BATCH
-
-    def batch(self, step: int) -> np.ndarray:
-        """The numbers of a step's pictures, (BATCH,), sorted. Every epoch has a new order."""
-        if step % self.per_epoch == 0:
-            self.order = self.rng.permutation(self.pictures)
-        return np.sort(self.order[step % self.per_epoch * BATCH:][:BATCH])
-
-    def state_dict(self) -> dict:
-        return {"order": torch.from_numpy(self.order), "numpy": self.rng.bit_generator.state, "torch": torch.get_rng_state()}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.order, self.rng.bit_generator.state = state["order"].numpy(), state["numpy"]
-        torch.set_rng_state(state["torch"])
-
-
-def training_of(model, optimizer, schedule, draws: Draws, stage: str, pictures: np.ndarray, epochs: int, seed: int,
-                out: str, resume: bool) -> runs.Training:
-    """The frame of a pre-training: header, bar, saving, resuming. A run on other pictures is not continued."""
-    settings = {"epochs": epochs, "seed": seed, "pictures": len(pictures), "batch": BATCH,
-                "drawn": hashlib.sha256(pictures.data).hexdigest()[:16]}
-    return runs.Training(runs.stage_folder(out, "toyland", stage), stage, settings,
-                         {"stage": stage, "versions": runs.versions(), **settings}, model, optimizer,
-                         steps=epochs * draws.per_epoch, steps_per_epoch=draws.per_epoch, resume=resume,
-                         also={"schedule": schedule, "draws": draws})
-
-
-def pretrain(pictures: np.ndarray, captions: list[str], epochs: int, seed: int, out: str = "runs", resume: bool = False):
-    """The small CLIP, from captioned pictures alone. The order of pictures and templates follows the seed."""
-    import clip
-    torch.manual_seed(seed)
-    draws = Draws(len(pictures), 4, seed)
-    model = clip.CLIP(**SMALL_CLIP)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)
-    steps = epochs * draws.per_epoch
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.05,
-                                                   cycle_momentum=False)
-    run = training_of(model, optimizer, schedule, draws, "pretrain", pictures, epochs, seed, out, resume)
-    with run:
-        for step in range(run.first_step, steps):
-            chosen = draws.batch(step)
-            images = to_batch(pictures[chosen])
-            unique, caption = np.unique([captions[i] for i in chosen], return_inverse=True)
-            texts = [TEMPLATES[draws.rng.integers(len(TEMPLATES))].format(named) for named in unique]
-            dropout = PATCH_DROPOUT if step < (1 - WHOLE_PICTURES) * steps else 0.0
-            image_features = F.normalize(encode_some_patches(model, images, dropout), dim=-1)
-            text_features = F.normalize(model.encode_text(clip.tokenize(texts)), dim=-1)
-            loss = caption_loss(image_features, text_features, torch.from_numpy(caption), model.logit_scale.exp())
-            run.refuse_non_finite(loss, step, texts)
-            rate = optimizer.param_groups[0]["lr"]
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            with torch.no_grad():
-                model.logit_scale.clamp_(max=np.log(100))                       # CLIP, Sec. 2.5
-            run.done(step, {"loss": loss.item(), "scale": model.logit_scale.exp().item()}, rate)
-    run.finish()
-    return model.eval()
-
-
-def weights_to_ship(model, captions: list[str]) -> dict[str, Tensor]:
-    """The state dict, with a zero embedding for every token that no caption ever used.
-
-    Those rows (all but forty of 49,408) never received a gradient: noise that would make up nearly the whole file.
-    So the file holds the other rows alone, and which they are; all in half precision, as OpenAI stores its own.
-    """
-    import clip
-    state = {name: tensor.half() for name, tensor in model.state_dict().items()}
-    texts = {template.format(named) for template in TEMPLATES for named in set(captions)}
-    seen = torch.cat([clip.tokenize(sorted(texts)).flatten().long(), torch.tensor([49406, 49407])]).unique()
-    seen = seen[seen > 0]
-    table = state["token_embedding.weight"]
-    return state | {"token_embedding.used": seen, "token_embedding.weight": table[seen].clone()}
-
-
-# ------------------------------------------------------------------------------------------ the small ResNet
-
-class SmallResNet(torchvision.models.ResNet):
-    """torchvision's ResNet with two bottlenecks a stage and few channels: 32, 64, 128 and again 128."""
-
-    def __init__(self):
-        super().__init__(Bottleneck, [2, 2, 2, 2], num_classes=len(CLASSES), replace_stride_with_dilation=[False, True, True])
-        self.fc = torch.nn.Linear(self.inplanes, len(CLASSES))
-
-    def _make_layer(self, block, planes, *args, **kwargs):
-        return super()._make_layer(block, min(planes // 8, 32), *args, **kwargs)
-
-
-RESNET_WEIGHTS = Path(__file__).parent / "clip" / "toyland_resnet.pt"
-
-
-def small_resnet(pretrained: bool = True) -> SmallResNet:
-    """The student's backbone in Toyland, output stride 8; pre-trained on captioned pictures if asked.
-
-    In the paper the student starts from ImageNet. Toyland's stand-in for ImageNet is its captioned pictures: the network
-    learned which of the words its captions hold. No scene and no label took part.
-    """
-    resnet = SmallResNet()
-    if pretrained:
-        weights = runs.read(RESNET_WEIGHTS)
-        resnet.load_state_dict({name: tensor.float() if tensor.is_floating_point() else tensor
-                                for name, tensor in weights.items()})
-    return resnet
-
-
-def pretrain_resnet(pictures: np.ndarray, captions: list[str], epochs: int, seed: int, out: str = "runs",
-                    resume: bool = False) -> SmallResNet:
-    """Train the small ResNet to say which classes a picture's caption names: one yes or no per class."""
-    torch.manual_seed(seed)
-    draws = Draws(len(pictures), 5, seed)
-    named = torch.tensor([[name in caption.replace(" and the ", " ").replace(" on the ", " ").split() for name in CLASSES]
-                          for caption in captions]).float()
-    resnet = small_resnet(pretrained=False)
-    optimizer = torch.optim.SGD(resnet.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
-    steps = epochs * draws.per_epoch
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps, cycle_momentum=False)
-    run = training_of(resnet, optimizer, schedule, draws, "pretrain_resnet", pictures, epochs, seed, out, resume)
-    with run:
-        for step in range(run.first_step, steps):
-            chosen = draws.batch(step)
-            loss = F.binary_cross_entropy_with_logits(resnet(to_batch(pictures[chosen])), named[chosen])
-            run.refuse_non_finite(loss, step, [captions[i] for i in chosen])
-            rate = optimizer.param_groups[0]["lr"]
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            run.done(step, {"loss": loss.item()}, rate)
-    run.finish()
-    return resnet.eval()
+    files.write_atomically(path, lambda file: image.save(file, format="PNG"), flush=False)
 
 
 # ------------------------------------------------------------------------------------------ the command
 
+
 def main(args: argparse.Namespace) -> None:
-    if args.pretrain:
-        if args.pictures < BATCH:
-            raise ValueError(f"--pictures: expected at least {BATCH}, one batch; found {args.pictures}.")
-        started = time.monotonic()
-        torch.set_num_threads(1)                # so that every bit is the same for any number of cores
-        pictures, captions = pretraining_pictures(args.seed, args.pictures)
-        model = pretrain(pictures, captions, args.epochs, args.seed, args.out, args.resume)
-        resnet = pretrain_resnet(pictures, captions, RESNET_EPOCHS, args.seed, args.out, args.resume)
-        folder = Path(args.weights)
-        runs.save(folder / "toyland.pt", weights_to_ship(model, captions))
-        runs.save(folder / "toyland_resnet.pt", {name: tensor.half() if tensor.is_floating_point() else tensor
-                                                 for name, tensor in resnet.state_dict().items()})
-        print(f"Wrote {folder}/toyland.pt and toyland_resnet.pt after {(time.monotonic() - started) / 60:.0f} minutes. "
-              f"{runs.versions()}, one thread.")
-        return
     root = draw_dataset(Path(args.root))
     rng = np.random.default_rng(args.seed)
     rows = [[captioned_picture(rng)[0] for _ in range(12)] for _ in range(4)]
@@ -656,11 +420,11 @@ def main(args: argparse.Namespace) -> None:
     for half in (scenes[:6], scenes[6:]):
         rows += [[image for image, _ in half], [colours[truth] for _, truth in half]]
     page = Image.fromarray(np.concatenate([np.concatenate(row, axis=1) for row in rows]))
-    runs.write_atomically(root / "overview.png", lambda file: page.save(file, format="PNG"))
-    print(f"Wrote {root}/: images/train, images/val, labels/val, and overview.png (captioned pictures, then scenes and "
-          "their truth).\nNext: python rectify.py")
+    files.write_atomically(root / "overview.png", lambda file: page.save(file, format="PNG"))
+    print(f"Wrote {root}/: images/train, images/val, labels/val, and overview.png (captioned pictures, then scenes "
+          "and their truth).\nNext: python rectify.py")
 
 
 if __name__ == "__main__":
-    with runs.errors_in_one_paragraph():
+    with errors.one_paragraph(FLAGS.debug):
         main(FLAGS)

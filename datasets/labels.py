@@ -1,8 +1,8 @@
 """Ground truth: the one file that reads label pictures. For evaluation, after all training is done.
 
-Imported by what measures (evaluate.py, scores.py, check.py), not by rectify.py, distill.py or what these import: what is
-read here can reach no training. (The linear probe of scores.py, outside of the method, is the one thing here that learns from labels.) Label files
-differ in what their values mean; `lookup_table` says it for each dataset (from classes.json), and a value that it lacks is an error.
+Imported by what measures (evaluate.py, paper/, datasets/check.py), not by rectify.py, distill.py or what these import:
+what is read here can reach no training. Label files differ in what their values mean; `lookup_table` says it for each
+dataset, and a value that it lacks is an error.
 
     C classes · H,W pixels
 """
@@ -13,13 +13,10 @@ import itertools
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
-import public_datasets
-from data import IGNORE, KNOWN, VOC_CLASSES, read_image, short_side_to, to_tensor
-from public_datasets import DATASETS
+from datasets import DATASETS, IGNORE, is_folder
+from datasets.images import find
 
 # ------------------------------------------------------------------------------------------ which files
 
@@ -30,10 +27,8 @@ def true_label_files(data: str, root: str, ids: list[str], labels: str | None = 
     `labels` is the folder of index pictures that belongs to a user's own images (same stems, .png). Where a public dataset's
     labels could be read in two ways, prints which is taken; raises ValueError when that is seen to be the wrong one.
     """
-    if data == "toyland":
-        found = {name: Path(root) / "toyland" / "labels" / f"{name}.png" for name in ids}
-    elif data in DATASETS:
-        found = public_datasets.label_files(data, root, "val", ids)
+    if data in DATASETS:
+        found = label_files(data, root, "val", ids)
         if found and (said := how_labels_are_read(data, root, found)):
             print(said)
     elif labels is not None:
@@ -58,8 +53,8 @@ def lookup_table(data: str, classes: int) -> np.ndarray | dict[str, np.ndarray]:
     """
     if data not in DATASETS:
         return table_of(dict(enumerate(range(classes))), ignored=[])
-    tables = {end: table_of(*public_datasets.label_values(data, encoding))
-              for end, encoding in public_datasets.endings(data).items()}
+    tables = {end: table_of(*DATASETS[data].label_values(encoding))
+              for end, encoding in endings(data).items()}
     return tables if len(tables) > 1 else next(iter(tables.values()))
 
 
@@ -76,14 +71,14 @@ def labels_fit(data: str, names: list[str]) -> bool:
 
     A class may go by another name ("plane"), but not by that of another class.
     """
-    own = KNOWN[data][0] if data in KNOWN else names
+    own = DATASETS[data].names if data in DATASETS else names
     return len(names) == len(own) and all(name not in own or own.index(name) == place for place, name in enumerate(names))
 
 
 def refuse_other_classes(data: str, names: list[str]) -> None:
     """Raise ValueError when a known dataset's labels are to be read with classes that are not its own."""
     if not labels_fit(data, names):
-        raise ValueError(f"the labels of {data} speak of its own {len(KNOWN[data][0])} classes: expected as many, in its "
+        raise ValueError(f"the labels of {data} speak of its own {len(DATASETS[data].names)} classes: expected as many, in its "
                          f"order, found {len(names)} in --classes: {', '.join(names[:8])}, … Other classes can be looked at "
                          "(segment.py), not measured.")
 
@@ -133,21 +128,19 @@ def describe(table: np.ndarray) -> str:
     return f"{known[0]}..{known[-2]} and 255"
 
 
-class LabelledImages(torch.utils.data.Dataset):
-    """`(id, image (3, h, w), true_label (H, W) int64)`; the label keeps its own size."""
 
-    def __init__(self, images: dict[str, Path], labels: dict[str, Path], table: np.ndarray, short_side: int, multiple: int = 1):
-        self.items = [(name, images[name], labels[name]) for name in images if name in labels]
-        self.table, self.short_side, self.multiple = table, short_side, multiple
+def label_files(name: str, root: str, split: str, ids: list[str]) -> dict[str, Path]:
+    """For evaluation alone: id → label file, of those ids that have one, in the first encoding that is there."""
+    dataset, base = DATASETS[name], find(name, root)
+    patterns = [pattern.replace("{split}", dataset.splits[split]) for pattern in dataset.labels.values()]
+    candidates = {image: [base / pattern.replace("{id}", image) for pattern in patterns] for image in ids}
+    first = {image: next((path for path in paths if path.exists()), None) for image, paths in candidates.items()}
+    return {image: path for image, path in first.items() if path is not None}
 
-    def __len__(self) -> int:
-        return len(self.items)
 
-    def __getitem__(self, index: int) -> tuple[str, Tensor, Tensor]:
-        name, image_path, label_path = self.items[index]
-        image = read_image(image_path)
-        label = read_label(label_path, self.table, size=(image.height, image.width))
-        return name, to_tensor(short_side_to(image, self.short_side, self.multiple)), torch.from_numpy(label)
+def endings(name: str) -> dict[str, str]:
+    """For evaluation alone: how the name of a label file ends → its encoding. Ends of one dataset differ."""
+    return {pattern.split("{id}")[1]: encoding for encoding, pattern in DATASETS[name].labels.items()}
 
 
 # ------------------------------------------------------------------------------------------ labels that could be read in two ways
@@ -158,14 +151,14 @@ def how_labels_are_read(data: str, root: str, labels: dict[str, Path]) -> str:
 
     Raises ValueError when PASCAL Context's labels are seen to be in the other order than the dataset's name says.
     """
-    ends = public_datasets.endings(data)
+    ends = endings(data)
     if len(ends) > 1:
         taken = {end: sum(path.name.endswith(end) for path in labels.values()) for end in ends}
         return f"Labels of {data}: " + ", ".join(f"{count} *{end}" for end, count in taken.items() if count)
-    if DATASETS[data].classes != "context":
+    if "context" not in data:
         return ""
     [declared], name_of = DATASETS[data].labels, context_orders()
-    agreement, pixels = context_agreement(public_datasets.find(data, root), labels)
+    agreement, pixels = context_agreement(find(data, root), labels)
     best = max(agreement, key=agreement.get)
     seen = f"of {pixels} pixels that PASCAL VOC's labels name too, {agreement[declared]:.0%} have the same class"
     if agreement[best] < 0.5:
@@ -180,7 +173,7 @@ def how_labels_are_read(data: str, root: str, labels: dict[str, Path]) -> str:
 
 def context_orders() -> dict[str, str]:
     """each order in which PASCAL Context's labels circulate → the dataset's name that declares it."""
-    return {order: name for name, dataset in DATASETS.items() if dataset.classes == "context" for order in dataset.labels}
+    return {order: name for name, dataset in DATASETS.items() if name.startswith("context") for order in dataset.labels}
 
 
 def context_agreement(base: Path, labels: dict[str, Path], most: int = 50) -> tuple[dict[str, float], int]:
@@ -192,9 +185,9 @@ def context_agreement(base: Path, labels: dict[str, Path], most: int = 50) -> tu
     beside = [base / "SegmentationClass", base.parent / "VOC2012" / "SegmentationClass"]
     pairs = ((path, folder / f"{name}.png") for name, path in labels.items() for folder in beside
              if (folder / f"{name}.png").exists())
-    names = KNOWN["context"][0]
+    names = DATASETS["context"].names
     class_of = {value: names.index("table" if name == "dining table" else name)
-                for value, name in enumerate(VOC_CLASSES[1:], start=2)}
+                for value, name in enumerate(DATASETS["voc"].names[1:], start=2)}
     voc = table_of(class_of, ignored=[0, 1])
     tables = {order: lookup_table(name, len(names)) for order, name in context_orders().items()}
     agree, pixels = dict.fromkeys(tables, 0), 0

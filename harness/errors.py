@@ -1,0 +1,61 @@
+"""What a user can mend is told in one paragraph. Our own mistakes, and yours in code of your own, keep their
+traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import traceback
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+
+@contextlib.contextmanager
+def one_paragraph(debug: bool = False):
+    """Around a script's `main`: exit code 2 with a paragraph, 130 for Ctrl-C, 141 when nobody reads the
+    output.
+
+    debug: the traceback is shown before the paragraph.
+    """
+    try:
+        yield
+    except BrokenPipeError:         # `| head` has read enough: no error, and nothing to say at the last flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
+    except KeyboardInterrupt as stop:
+        print(f"\nstopped. {stop}", file=sys.stderr)
+        raise SystemExit(130) from None
+    except Exception as error:
+        if (text := paragraph(error)) is None:
+            raise
+        if debug:
+            traceback.print_exc()
+        print(f"\nerror: {text}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def paragraph(error: Exception) -> str | None:
+    """What to tell of an error that a user can mend; None for any other."""
+    text = str(error) or type(error).__name__
+    if isinstance(error,
+                  MemoryError) or isinstance(error, RuntimeError) and "allocate" in text and "memory" in text:
+        return (f"expected enough memory, found too little ({' '.join(text.split())[:200]}). Use a smaller "
+                "image, a smaller --batch-size, fewer classes, or another --device; close what else uses "
+                "the memory.")
+    if "Original Traceback" in text:      # from a worker process: torch puts the traceback before the message
+        return text.strip().rpartition(f"{type(error).__name__}: ")[2]
+    if isinstance(error, OSError) and error.errno:
+        file = error.filename2 or error.filename or "the run folder"
+        return (f"expected to use {file}, found: {error.strerror}. Check the path, its permissions and the "
+                "free space; what was saved before is untouched.")
+    if isinstance(error, OSError) or isinstance(error, ValueError) and raised_on_purpose(error):
+        return text
+    return None
+
+
+def raised_on_purpose(error: Exception) -> bool:
+    """Whether a `raise` of this project made it, and not Python or a library that stumbled over our code."""
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return Path(where.filename).resolve().is_relative_to(PROJECT) and where.line.startswith("raise")

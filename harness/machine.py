@@ -1,0 +1,66 @@
+"""Device, precision and chance. torch is imported inside, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+
+
+def device_of(name: str | None):
+    """The torch device of `--device`, the GPU if it is None and there is one. Raises ValueError if it cannot
+    be used."""
+    import torch
+    name = name if name is not None else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).cpu()
+    except Exception as error:                  # every backend that is not there says so in its own way
+        raise ValueError(f"--device {name}: expected a device of this machine, found none by that name "
+                         f"({str(error).splitlines()[0][:200] if str(error) else type(error).__name__}). "
+                         "Try --device cpu.") from error
+    return device
+
+
+def workers_of(count: int | None, device) -> int:
+    """Processes that decode: at most one a core. None beside a CPU, which decodes an image in a fiftieth of
+    the time of its step: another process would take from the step what it saves."""
+    return min(count if count is not None else 0 if device.type == "cpu" else 4, os.cpu_count() or 1)
+
+
+def autocast(device, precision: str):
+    """float32 is the truth; `bf16` runs matrix products and convolutions in bfloat16."""
+    import torch
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def in_float32(function):
+    """Decorator: autocast does not reach into `function`, whose first argument is a tensor.
+
+    For cosines that are multiplied by 1/τ = 100: bfloat16 has eight bits, and would move those logits by half
+    a unit.
+    """
+    @functools.wraps(function)
+    def wrapped(tensor, *args, **kwargs):
+        import torch
+        if not torch.is_autocast_enabled(tensor.device.type):
+            return function(tensor, *args, **kwargs)
+        with torch.autocast(tensor.device.type, enabled=False):
+            return function(tensor, *args, **kwargs)
+    return wrapped
+
+
+def seed_of(*parts) -> int:
+    """A 63-bit number from anything: every random draw of a run is a function of (seed, what for, when).
+
+    So a resumed run needs no random states, and the number of workers changes nothing.
+    """
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+
+def versions() -> str:
+    import torch
+    import torchvision
+    return (f"Python {platform.python_version()}, torch {torch.__version__}, "
+            f"torchvision {torchvision.__version__}")
