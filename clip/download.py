@@ -40,8 +40,8 @@ def download(url: str, target: Path, expected_sha256: str) -> Path:
         found = sha256(partial)
         if found != expected_sha256:
             raise ValueError(f"{url}: expected a file with SHA-256 {expected_sha256}, found {found}. The "
-                             "download was discarded. Try again; if it happens twice, something between you and "
-                             "the server changes the file.")
+                             "download was discarded. Try again; if it happens twice, something between you "
+                             "and the server changes the file.")
         os.chmod(partial, 0o644)                        # mkstemp's files are for the owner alone
         os.replace(partial, target)
     finally:
@@ -61,7 +61,7 @@ def fetch(url: str, file, title: str) -> None:
                     received += len(chunk)
                     bar.update(len(chunk))
     except (OSError, http.client.HTTPException) as error:               # URLError is an OSError
-        raise OSError(f"{url}: the download failed ({error}). Check the connection and try again, or fetch the "
-                      "file by other means and pass its path instead of its name.") from error
+        raise OSError(f"{url}: the download failed ({error}). Check the connection and try again, or fetch "
+                      "the file by other means and pass its path instead of its name.") from error
     if received < size:
         raise OSError(f"{url}: expected {size} bytes, the connection broke off after {received}. Try again.")

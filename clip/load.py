@@ -153,8 +153,8 @@ def build_model(state: dict[str, Tensor], source: str = "the state dict",
         wrong += [f"{name} too many" for name in found if name not in expected]
         wrong += [f"{name} of shape {found[name]} in the place of {shape}" for name, shape in expected.items()
                   if found.get(name, shape) != shape]
-        raise ValueError(f"{source}: expected the weights of one CLIP and nothing else, found {listed(wrong)}. "
-                         "These are not the weights of OpenAI's CLIP, or not all of them.")
+        raise ValueError(f"{source}: expected the weights of one CLIP alone, found {listed(wrong)}. "
+                         "Save all of model.state_dict() and nothing else.")
     model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
     return model
 

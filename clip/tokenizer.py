@@ -53,7 +53,7 @@ def vocabulary() -> tuple[dict[str, int], dict[tuple[str, str], int]]:
 
 @lru_cache(maxsize=65536)
 def merge(word: str) -> tuple[str, ...]:
-    """The tokens of a word that is spelled in byte letters: merge the earliest known pair until none is left."""
+    """The tokens of a word spelled in byte letters: the earliest known pair is merged until there is none."""
     _, ranks = vocabulary()
     parts = [*word[:-1], word[-1] + "</w>"]
     while len(parts) > 1:

@@ -312,9 +312,9 @@ def unwrap(content, path: Path) -> dict[str, Tensor]:
     their own. A dict of tensors that is no CLIP comes back as it is.
     Raises ValueError for no dict of tensors, for several CLIPs, and for a CLIP with other things beside it.
     """
-    found = [(where, state, prefix) for where, state in dicts_in(content) for prefix in prefixes(state)]
+    found = [(key, state, prefix) for key, state in dicts_in(content) for prefix in prefixes(state)]
     if len(found) > 1:
-        places = [f"{where or 'the top level'} {prefix and prefix + '*'}".strip() for where, _, prefix in found]
+        places = [f"{key} {prefix and prefix + '*'}".strip() or "the top level" for key, _, prefix in found]
         raise ValueError(f"{path}: expected one CLIP, found {len(found)}: {listed(places)}. Save the state "
                          "dict of the one that you want by itself.")
     _, state, prefix = found[0] if found else ("", content, "")
@@ -336,10 +336,11 @@ def dicts_in(content, where: str = "", depth: int = 0):
             yield from dicts_in(value, f"{where}[{key!r}]", depth + 1)
 
 
-def prefixes(state: dict) -> set[str]:
-    """What stands before a CLIP's names in a dict: {""} for a plain state dict, nothing where no CLIP is."""
+def prefixes(state: dict) -> list[str]:
+    """What stands before a CLIP's names in a dict: [""] for a plain state dict, nothing where no CLIP is."""
     names = [INSERTED.sub("", name) for name, value in state.items() if is_weight(name, value)]
-    return {name.removesuffix(mark) for name in names for mark in MARKS if f".{name}".endswith(f".{mark}")}
+    return sorted({name.removesuffix(mark) for name in names for mark in MARKS
+                   if f".{name}".endswith(f".{mark}")})
 
 
 def is_weight(name, value) -> bool:

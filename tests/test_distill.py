@@ -423,7 +423,9 @@ def test_load_student_refuses_other_words_and_another_clip(setup, student):
     with pytest.raises(ValueError, match="another class list.*dog.*cat"):
         distill.load_student(replace(setup, vocabulary=other), QUERY, distill.System())
     with pytest.raises(ValueError, match="another CLIP"):
-        distill.load_student(replace(setup, fingerprint="0123"), QUERY)
+        another = replace(setup)
+        another.fingerprint = "0123"
+        distill.load_student(another, QUERY, distill.System())
 
 
 # ------------------------------------------------------------------------------------------ the numbers

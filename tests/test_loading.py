@@ -248,7 +248,7 @@ def test_preprocess_equals_open_clip(tmp_path, mode, size):
     assert relative(preprocess(picture), expected) <= 1e-6
 
 
-# ----------------------------------------------------------------------------- which activation, known or told
+# ---------------------------------------------------------------------------- which activation, known or told
 
 TOWER = {"hidden_size": 64, "num_attention_heads": 1}
 
@@ -282,7 +282,7 @@ KNOWN = [
     ("open_clip_pytorch_model.bin", {OC: open_clip_config()}, "gelu"),              # open_clip's default
     ("open_clip_pytorch_model.bin", {OC: open_clip_config(quick_gelu=False)}, "gelu"),
     ("open_clip_pytorch_model.bin", {OC: open_clip_config(quick_gelu=True)}, "quickgelu"),
-    ("open_clip_pytorch_model.bin", {OC: open_clip_config()["model_cfg"]}, "gelu"),     # as model_configs/ has it
+    ("open_clip_pytorch_model.bin", {OC: open_clip_config()["model_cfg"]}, "gelu"),     # as it ships them
     ("open_clip_model.safetensors", {OC: open_clip_config(more={"model_name": "ViT-B-16-quickgelu"})},
      "quickgelu"),
     ("open_clip_pytorch_model.bin", {OC: open_clip_config(more={"pretrained": "openai"})}, "quickgelu"),
@@ -296,7 +296,8 @@ KNOWN = [
 @pytest.mark.parametrize("file, configs, activation", KNOWN)
 def test_activation_is_known_from_a_config(tmp_path, capsys, file, configs, activation):
     """What a config beside the weights says is taken, without a word; saying the same is no contradiction."""
-    (save_safetensors if file.endswith(".safetensors") else save_zip)(openai_state(**SMALLEST), tmp_path / file)
+    save = save_safetensors if file.endswith(".safetensors") else save_zip
+    save(openai_state(**SMALLEST), tmp_path / file)
     for name, content in configs.items():
         (tmp_path / name).write_text(json.dumps(content))
     for asked in (None, activation):
@@ -304,7 +305,7 @@ def test_activation_is_known_from_a_config(tmp_path, capsys, file, configs, acti
         assert_activation(model, activation)
     assert capsys.readouterr().out == ""
     other = {"gelu": "quickgelu", "quickgelu": "gelu"}[activation]
-    with pytest.raises(ValueError, match=f"expected the activation {activation}.*found that {other} is asked for"):
+    with pytest.raises(ValueError, match=f"expected the activation {activation}.*{other} is asked for"):
         clip.load(tmp_path / file, device="cpu", activation=other)
 
 
@@ -376,7 +377,7 @@ def test_unknown_activation_is_refused(tmp_path):
         clip.load(tmp_path / "weights.pt", device="cpu", activation="relu")
 
 
-# ---------------------------------------------------------------------------------------------- wrapped weights
+# -------------------------------------------------------------------------------------------- wrapped weights
 
 
 def open_clip_module(quick_gelu: bool = True) -> torch.nn.Module:
@@ -576,7 +577,7 @@ REFUSED = [
     pytest.param(lambda p, s: save_zip(s | {"ema": s}, p), r"found 2: the top level, \['ema'\]\.",
                  id="a state in a state"),
     pytest.param(lambda p, s: save_zip(before("student.", s) | before("teacher.", s), p),
-                 r"found 2: (student\.\*, teacher|teacher\.\*, student)", id="two prefixes"),
+                 r"found 2: student\.\*, teacher\.\*\.", id="two prefixes"),
     pytest.param(lambda p, s: save_zip(before("clip.", s) | {"head.weight": torch.ones(2)}, p),
                  r"found head\.weight beside clip\.\*", id="a head beside it"),
     pytest.param(lambda p, s: save_zip(s | {"epoch": 3}, p), "epoch of type int", id="a number in it"),
@@ -584,12 +585,12 @@ REFUSED = [
                  "model of type dict, epoch of type int", id="another network"),
     pytest.param(lambda p, s: save_zip(Recorder(), p), r"type test_loading\.Recorder", id="an object"),
     pytest.param(lambda p, s: save_legacy({"model": s, "recorder": Recorder()}, p),
-                 r"test_loading\.Recorder.*torch\.save\(model\.state_dict\(\)", id="an object in an old file"),
+                 r"test_loading\.Recorder.*torch\.save\(model\.state_dict", id="an object in an old file"),
     pytest.param(lambda p, s: save_zip(s | {"\x1b[31mred\x1b[0m": torch.ones(2)}, p), r"\\x1b\[31mred",
                  id="escape codes"),
     pytest.param(lambda p, s: save_zip(s | {"\x1b[31mred": 3}, p), r"\\x1b\[31mred of type int",
                  id="escape codes of something else"),
-    pytest.param(lambda p, s: zipped(p, {"a.txt": b"", "b/clip.pt": b""}), r"other things \(a\.txt, b/clip\.pt",
+    pytest.param(lambda p, s: zipped(p, {"a.txt": b"", "b/clip.pt": b""}), r"other things \(a\.txt, b/clip",
                  id="a zip file"),
     pytest.param(lambda p, s: p.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"),
                  "a text that begins with 'version", id="a pointer of Git LFS"),
@@ -746,6 +747,32 @@ def test_hostile_state_dict_runs_nothing(tmp_path, bomb_for, file):
         assert not marker.exists()
         # torch's own message begins with the hint that `weights_only=False` "will likely succeed".
         assert "likely succeed" not in str(error.value)
+
+
+class Disguised(Bomb):
+    """The same call, behind the name of a function of torch that the reader admits."""
+
+    def __reduce__(self):
+        return torch._tensor._rebuild_from_type_v2, (self.function, torch.Tensor, (self.argument,), None)
+
+
+@pytest.mark.parametrize("disguise", [Bomb, Disguised])
+@pytest.mark.parametrize("bomb_for", BOMBS)
+def test_hostile_objects_beside_the_weights_run_nothing(tmp_path, bomb_for, disguise):
+    """In a checkpoint, in a module, in the place of a tensor: the weights are read, or refused by name."""
+    marker = tmp_path / "marker"
+    bomb, state, model = bomb_for(marker), openai_state(**SMALLEST), open_clip_module()
+    bomb = disguise(bomb.function, bomb.argument)
+    torch.save({"model": state, "args": bomb, bomb.function.__name__: [bomb]}, tmp_path / "checkpoint.pt")
+    assert_same_tensors(clip.load(tmp_path / "checkpoint.pt", device="cpu")[0], state)
+    model.spy = model.visual.spy = bomb
+    torch.save({"model": model}, tmp_path / "module.pt")
+    assert_same_tensors(clip.load(tmp_path / "module.pt", device="cpu")[0], model.state_dict())
+    torch.save({"model": state | {"logit_scale": bomb}}, tmp_path / "tensor.pt")
+    with pytest.raises(ValueError, match=f"logit_scale of type {bomb.function.__name__}") as error:
+        clip.load(tmp_path / "tensor.pt", device="cpu")
+    assert_fit_to_read(str(error.value))
+    assert not marker.exists()
 
 
 @pytest.mark.parametrize("program", [
@@ -1012,7 +1039,7 @@ def test_interrupted_download_leaves_the_old_file(server, tmp_path, monkeypatch)
 
 
 def test_load_by_name(server, tmp_path, monkeypatch):
-    """clip.load("ViT-B/32") fetches the archive into download_root, checks it, loads it; then only loads it."""
+    """clip.load("ViT-B/32") fetches the archive into download_root and checks it; then it only loads it."""
     expected = write_openai_archive(tmp_path / "made.pt", **SMALLEST)
     content = (tmp_path / "made.pt").read_bytes()
     digest = hashlib.sha256(content).hexdigest()
