@@ -371,6 +371,13 @@ class System:
     numbers: dict[str, dict] = field(default_factory=dict)
 
 
+def recipe_of(setup: data.Setup, system: System) -> Recipe:
+    """The recipe of a run. The end token of the longest class name is never lost: the learned context gives way."""
+    recipe = data.recipe_for(setup, RECIPES, system.numbers)
+    room = setup.clip_model.prompt_room(setup.vocabulary.names)
+    return replace(recipe, prompt_length=min(room, recipe.prompt_length))
+
+
 def query_of(setup: data.Setup) -> Tensor:
     """W_q (C, D), made once for the same words and weights."""
     shape = len(setup.vocabulary), setup.clip_model.visual.proj.shape[1]
@@ -406,11 +413,10 @@ def load_rectifier(setup: data.Setup, checkpoint: dict, system: System) -> tuple
 def main(args: argparse.Namespace, system: System = System()) -> data.Setup:
     """Train stage 1; what it made lies in `folder("rectify")` of the setup that is returned."""
     setup = data.open_setup(args)
-    recipe = data.recipe_for(setup, RECIPES, system.numbers)
-    if (room := setup.clip_model.prompt_room(setup.vocabulary.names)) < recipe.prompt_length:
-        print(f"The longest class name leaves room for {room} learned vectors instead of "
-              f"{recipe.prompt_length}.")
-        recipe = replace(recipe, prompt_length=room)      # the end token is never lost: the context gives way
+    recipe = recipe_of(setup, system)
+    if recipe.prompt_length < Recipe.prompt_length:
+        print(f"The longest class name leaves room for {recipe.prompt_length} learned vectors instead of "
+              f"{Recipe.prompt_length}.")
     per_epoch = data.steps_per_epoch(len(setup.training_images), recipe.batch_size)
     steps = recipe.epochs * per_epoch
     query = query_of(setup)

@@ -69,11 +69,11 @@ def load(name_or_path: str | Path, device: str | torch.device | None = None, act
     if activation and told and activation != told:
         raise ValueError(f"{by}: expected the activation {told}, with which these weights were trained; "
                          f"found that {activation} is asked for. Leave --activation out.")
+    model = build_model(state, source=str(path), activation=activation or told or "quickgelu")
     if not (activation or told):
         print(f"{path} does not say which activation it was trained with: QuickGELU is assumed; --activation "
               "gelu for weights of LAION, DataComp and others that open_clip trained without QuickGELU.")
     tell_statistics(file)
-    model = build_model(state, source=str(path), activation=activation or told or "quickgelu")
     return model.eval().to(device), preprocess(model.visual.input_resolution)
 
 

@@ -128,8 +128,8 @@ def read_file(path: Path) -> tuple[object, str | None]:
                                  f"({listed(objects)}), which are not run here. Save the state dict alone: "
                                  "torch.save(model.state_dict(), 'clip.pt').") from error
             reason = "no tensors"
-        if start and start.isascii() and start.decode().isprintable():
-            reason = f"a text that begins with {start.decode()!r}"
+        if start.isascii() and start.decode().isprintable():
+            reason = f"a text that begins with {start.decode()!r}" if start else "an empty file"
         raise ValueError(f"{path} is damaged or no weights file: expected OpenAI's archive, a file of "
                          f"torch.save or a .safetensors file; found: {listed([reason])}. Fetch it again, or "
                          "pass another.") from error

@@ -1,8 +1,8 @@
 """The paper's figures, drawn for the newest run.
 
-    python figures.py                          figures 1, 4 and 5
-    python figures.py --points points.json     figure 3 too, from points that were measured elsewhere
-    python figures.py --only 4 --show val/0007:car val/0040:grass
+    python paper/figures.py                          figures 1, 4 and 5
+    python paper/figures.py --points points.json     figure 3 too, from points that were measured elsewhere
+    python paper/figures.py --only 4 --show val/0007:car val/0040:grass
 
 figure 1    where and what a model prefers: mIoU against the distance of objects from the centre, confusion of classes
 figure 3    mIoU against the threshold t and the window ratio r of the multi-label hypothesis
@@ -18,18 +18,21 @@ checkpoints of one run, writes runs/<data>/figures/*.png. Nothing here computes 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-import runs
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])      # modules are named from the project's folder
+
+from harness import errors
+from harness import flags as common
 
 
 def flags() -> argparse.ArgumentParser:
-    parser = runs.common_flags(__doc__, training=False)
+    parser = common.parser(__doc__, "labels", "seed")
     extra = parser.add_argument_group("figures")
-    extra.add_argument("--only", nargs="+", type=int, choices=(1, 3, 4, 5), default=argparse.SUPPRESS, metavar="N",
+    extra.add_argument("--only", nargs="+", type=int, choices=(1, 3, 4, 5), metavar="N",
                        help="draw these alone, of 1, 3, 4, 5 (default: all that can be drawn)")
-    extra.add_argument("--labels", metavar="DIR", default=None,
-                       help="index pictures of a folder of your own images: same names, .png, value = class, 255 ignored")
     extra.add_argument("--points", metavar="FILE", default=None,
                        help='figure 3: JSON {"t": [[share, mIoU], …], "r": [[ratio, mIoU], …], "whole image": mIoU}, mIoU '
                             'in percent, [share, mIoU, spread] for a band; t or r, and the last, may be missing')
@@ -55,9 +58,11 @@ from torch import Tensor
 import data
 import evaluate
 import rectify
-import scores
+from datasets.images import read_image
+from distill import System
+from harness import files, runs
+from paper import scores
 from evaluate import STAGES, title
-from world import World
 
 # Okabe and Ito's colours, told apart by nearly everybody; a marker and a dash each for those who see none of them.
 LINES = {"vanilla": ("#999999", "s", ":"), "maskclip": ("#E69F00", "o", "--"), "rectify": ("#0072B2", "^", "-"),
@@ -167,26 +172,26 @@ MAPS = {"query": "query logits $M_q$", "bias": "bias logits $M_b$", "rectified":
 
 
 @torch.no_grad()
-def logit_maps(world: World, query: Tensor, picture: Image.Image) -> dict[str, Tensor]:
+def logit_maps(setup: data.Setup, query: Tensor, picture: Image.Image, system: System) -> dict[str, Tensor]:
     """What stage 1 makes of an image, step by step, each (C, h, w): M_q, M_b (Eq. 2), M (Eq. 3) and M_o (Eq. 4)."""
-    checkpoint = rectify.load_checkpoint(world.folder("rectify") / "checkpoint.pt", "rectify")
-    recipe, rectifier = rectify.load_rectifier(world, checkpoint)
-    image = data.to_tensor(data.short_side_to(picture, recipe.short_side, world.clip_model.visual.patch_size))[None]
-    features = world.clip_model.encode_dense(image.to(world.device), path=recipe.dense_path)
-    reference = rectify.reference_features(world.clip_model, rectifier.prompt, world.vocabulary.names)
-    positions = world.clip_model.visual.patch_positions(*features.shape[-2:])
+    checkpoint = runs.load(setup.folder("rectify") / "checkpoint.pt", "rectify")
+    recipe, rectifier = rectify.load_rectifier(setup, checkpoint, system.teacher or system)
+    image = data.to_tensor(data.short_side_to(picture, recipe.short_side, setup.clip_model.visual.patch_size))[None]
+    features = setup.clip_model.encode_dense(image.to(setup.device), path=recipe.dense_path)
+    reference = rectify.reference_features(setup.clip_model, rectifier.prompt, setup.vocabulary.names)
+    positions = setup.clip_model.visual.patch_positions(*features.shape[-2:])
     query_map = rectify.query_logits(features, query)
     bias = rectifier.bias(positions, reference)
     return {"query": query_map[0], "bias": bias, "rectified": rectify.subtract_bias(query_map, bias)[0],
-            "decoded": rectifier(features, query, reference, bias)[0]}
+            "decoded": rectifier(features, query, bias)[0]}
 
 
-def why_no_maps(world: World) -> str:
+def why_no_maps(setup: data.Setup, system: System) -> str:
     """Why figure 4 cannot be drawn: it shows the steps of ReCLIP++ itself; "" where it can."""
-    if not (world.folder("rectify") / "checkpoint.pt").exists():
-        return f"no checkpoint in {world.folder('rectify')}"
-    ablation = rectify.recipe_of(world).ablation
-    return "" if ablation == "none" else f"{world.folder('rectify')} is the ablation {ablation}, whose steps are others"
+    if not (setup.folder("rectify") / "checkpoint.pt").exists():
+        return f"no checkpoint in {setup.folder('rectify')}"
+    name = (system.teacher or system).name
+    return "" if name == System().name else f"{setup.folder('rectify')} is of {name}, whose steps are others"
 
 
 def most_changed_class(before: Tensor, after: Tensor) -> int:
@@ -240,15 +245,15 @@ def parse_pairs(given: list[str], ids: list[str], names: list[str]) -> list[tupl
 
 
 @torch.no_grad()
-def telling_pairs(world: World, query: Tensor, count: int = 4) -> list[tuple[str, int]]:
+def telling_pairs(setup: data.Setup, query: Tensor, system: System, count: int = 4) -> list[tuple[str, int]]:
     """Some validation images, evenly spaced, each with the class that rectification changes most. Opens no label."""
-    pairs, found = [], evaluate.predictors(world, query, ["maskclip", "rectify"])
-    for image in scores.evenly_spaced(list(world.validation_images), count):
-        picture = data.read_image(world.validation_images[image])
+    pairs, found = [], evaluate.predictors(setup, query, ["maskclip", "rectify"], system)
+    for image in scores.evenly_spaced(list(setup.validation_images), count):
+        picture = read_image(setup.validation_images[image])
         said = []
         for predictor in found.values():
-            resized = data.short_side_to(picture, predictor.short_side, world.clip_model.visual.patch_size)
-            logits = evaluate.logits_of_all(world, {"": predictor}, data.to_tensor(resized)[None].to(world.device))[""]
+            resized = data.short_side_to(picture, predictor.short_side, setup.clip_model.visual.patch_size)
+            logits = evaluate.logits_of_all(setup, {"": predictor}, data.to_tensor(resized)[None].to(setup.device))[""]
             said.append(evaluate.predict(logits, (picture.height, picture.width)))
         pairs.append((image, most_changed_class(*said)))
     return pairs
@@ -284,23 +289,23 @@ def small_enough(content: bytes, largest: int) -> bytes:
 
 def main(args: argparse.Namespace) -> list[Path]:
     """Draw the figures that can be drawn for the newest run (or for `--data`) and return their paths."""
-    wanted = getattr(args, "only", [1, 3, 4, 5])
+    wanted = args.only or [1, 3, 4, 5]
     points = read_points(Path(args.points)) if args.points is not None else None
-    world, query, labels, stages = scores.open_measured(args)
-    names, folder = world.vocabulary.names, world.folder("figures")
-    runs.refuse_folders(folder, *(f"{name}.png" for name in FILES))
-    pairs = parse_pairs(args.show, list(world.validation_images), names) if args.show else None
+    setup, query, labels, stages, system = scores.open_measured(args)
+    names, folder = setup.vocabulary.names, setup.folder("figures")
+    files.refuse_folders(folder, *(f"{name}.png" for name in FILES))
+    pairs = parse_pairs(args.show, list(setup.validation_images), names) if args.show else None
     drawn: dict[str, bytes] = {}
-    for number, missing in ((1, "" if labels else f"no labels of {world.name} for these classes"),
+    for number, missing in ((1, "" if labels else f"no labels of {setup.data} for these classes"),
                             (3, "" if points else "no --points, which are measured elsewhere"),
-                            (4, why_no_maps(world))):
+                            (4, why_no_maps(setup, system))):
         if number in wanted and missing:
             print(f"Figure {number} is left out: {missing}.")
             wanted = [other for other in wanted if other != number]
     if 1 in wanted:
-        predictors = evaluate.predictors(world, query, stages)
-        titles = {stage: title(stage, predictor.ablation) for stage, predictor in predictors.items()}
-        found = scores.confusions(world, predictors, labels)
+        predictors = evaluate.predictors(setup, query, stages, system)
+        titles = {stage: title(stage, predictor.system) for stage, predictor in predictors.items()}
+        found = scores.confusions(setup, predictors, labels)
         curves = {stage: scores.distance_curve(confusion) for stage, (confusion, _) in found.items()}
         drawn["figure1_distance"] = png(distance_figure(curves, next(iter(found.values()))[1], titles))
         drawn["figure1_confusion"] = png(confusion_figure(
@@ -309,25 +314,25 @@ def main(args: argparse.Namespace) -> list[Path]:
         drawn["figure3_hypothesis"] = png(hypothesis_figure(points))
     if 4 in wanted:
         rows = []
-        for image, number in pairs or telling_pairs(world, query):
-            picture = data.read_image(world.validation_images[image])
+        for image, number in pairs or telling_pairs(setup, query, system):
+            picture = read_image(setup.validation_images[image])
             rows.append((picture, names[number],
-                         {kind: maps[number] for kind, maps in logit_maps(world, query, picture).items()}))
+                         {kind: maps[number] for kind, maps in logit_maps(setup, query, picture, system).items()}))
         drawn["figure4_logits"] = png(heat_figure(rows))
     folder.mkdir(parents=True, exist_ok=True)
     if 5 in wanted:
         path = folder / "figure5_results.png"
-        shown = evaluate.predictors(world, query, [stage for stage in stages if stage != "vanilla"])
-        evaluate.picture_sheet(world, evaluate.titled(shown), labels, path, rows=8, height=192)
+        shown = evaluate.predictors(setup, query, [stage for stage in stages if stage != "vanilla"], system)
+        evaluate.picture_sheet(setup, evaluate.titled(shown), labels, path, rows=8, height=192)
         drawn["figure5_results"] = path.read_bytes()
     paths = [folder / f"{name}.png" for name in drawn]
     for path, content in zip(paths, drawn.values()):
         content = small_enough(content, LARGEST)
-        runs.write_atomically(path, lambda file: file.write(content))
+        files.write_atomically(path, lambda file: file.write(content))
         print(f"Wrote {path}")
     return paths
 
 
 if __name__ == "__main__":
-    with runs.errors_in_one_paragraph():
+    with errors.one_paragraph(FLAGS.debug):
         main(FLAGS)

@@ -1,7 +1,7 @@
 """What the paper reports, as data: systems, tables with their numbers, and claims that can be checked. See reproduce.py.
 
-    systems    what is trained: the flags of rectify.py and distill.py
-    cells      (system, stage, measure): one number for each seed
+    runs       what is trained: a system of systems.py, and flags
+    cells      (run, stage, measure): one number for each seed
     tables     rows of cells beside the paper's numbers
     claims     one cell should be above others
 
@@ -13,43 +13,37 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-# ------------------------------------------------------------------------------------------ systems
+# ------------------------------------------------------------------------------------------ runs
 
 
 @dataclass(frozen=True)
-class System:
-    """One thing to train. `rectify` and `distill` are its flags in that stage, None where the stage is left out."""
-    rectify: tuple[str, ...] | None = None
-    distill: tuple[str, ...] | None = None
-    teacher: str | None = None              # the system whose rectification is taken over instead of training one
-
-
-def ablated(name: str) -> System:
-    return System(rectify=("--ablation", name))
-
-
-def student(name: str) -> System:
-    return System(distill=("--ablation", name), teacher="reclip++")
+class Run:
+    """One thing to train: a system of systems.py, with flags for its stage 1."""
+    system: str = "reclip++"
+    stages: tuple[str, ...] = ("rectify", "distill")
+    flags: tuple[str, ...] = ()
+    teacher: str | None = None              # the run whose rectification is taken over instead of training one
 
 
 THRESHOLDS = (0.0, 0.03, 0.05, 0.1, 0.2, 0.4)       # t of Figure 3
 RATIOS = (1.0, 1 / 2, 1 / 3, 1 / 4, 1 / 6, 1 / 8)   # r of Figure 3: 1, 9, 25, 49, 121 and 225 windows an image
 
-SYSTEMS = {
-    "reclip++": System(rectify=(), distill=()),
-    "maskclip+": System(distill=("--ablation", "maskclip+")),
-    "reclip": System(rectify=("--ablation", "reclip"), distill=()),
-    **{name: ablated(name) for name in (
-        "reclip+decoder", "reclip+decoder+windows", "learnable-query", "addition", "fine-tuned", "no-bias", "without-decoder",
-        "whole-image", "loss-cosine", "no-bias+loss-cosine", "loss-area", "no-bias+loss-area")},
-    **{name: student(name) for name in ("loss-mask", "loss-mask+feature", "own-head", "head-query", "head-query+bias")},
-    **{f"t={t:g}": System(rectify=("--vote-threshold", f"{t:g}")) for t in THRESHOLDS},
-    **{f"r={r:.3g}": System(rectify=("--window-ratio", repr(r))) for r in RATIOS},
+RUNS = {
+    "reclip++": Run(),
+    "maskclip+": Run("maskclip+", stages=("distill",)),
+    "reclip": Run("reclip"),
+    **{name: Run(name, stages=("rectify",)) for name in (
+        "reclip+decoder", "reclip+decoder+windows", "learnable-query", "addition", "fine-tuned", "no-bias",
+        "without-decoder", "whole-image", "loss-cosine", "no-bias+loss-cosine", "loss-area", "no-bias+loss-area")},
+    **{name: Run(name, stages=("distill",), teacher="reclip++") for name in (
+        "loss-mask", "loss-mask+feature", "own-head", "head-query", "head-query+bias")},
+    **{f"t={t:g}": Run(stages=("rectify",), flags=("--vote-threshold", f"{t:g}")) for t in THRESHOLDS},
+    **{f"r={r:.3g}": Run(stages=("rectify",), flags=("--window-ratio", repr(r))) for r in RATIOS},
 }
 
 # ------------------------------------------------------------------------------------------ cells
 
-Cell = tuple[str, str, str]                 # system, stage, measure
+Cell = tuple[str, str, str]                 # run, stage, measure
 
 VANILLA, MASKCLIP = ("reclip++", "vanilla", "miou"), ("reclip++", "maskclip", "miou")
 

@@ -1,12 +1,12 @@
 """The paper's tables, figures and claims: runs what they need, and shows ours beside the paper's.
 
-    python reproduce.py                              all of it in Toyland; with --seeds 2 --epochs 4 in 67 minutes on two cores
-    python reproduce.py table2 figure1 --data voc    these alone, for a real dataset, on a GPU
-    python reproduce.py table2 --data ade --plan     the commands and the paper's numbers; trains nothing
+    python paper/reproduce.py                              all of it in Toyland; with --seeds 2 --epochs 4 in 67 minutes on two cores
+    python paper/reproduce.py table2 figure1 --data voc    these alone, for a real dataset, on a GPU
+    python paper/reproduce.py table2 --data ade --plan     the commands and the paper's numbers; trains nothing
 
 Everything is made by the scripts of this project, each run in a folder of its own. What is finished is taken as it is, so
 that a reproduction can be stopped (Ctrl-C) and continued by the same command. Writes runs/reproduce/<data>/: results.md and
-results.json, of what was asked for last, and the figures. What the paper says stands in paper.py.
+results.json, of what was asked for last, and the figures. What the paper says stands in numbers.py.
 """
 
 from __future__ import annotations
@@ -27,20 +27,24 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import runs
-from paper import CLAIMS, FIGURES, RATIOS, RECTIFIED, SYSTEMS, TABLES, THRESHOLDS, Cell, Claim, Table, stage_1
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])      # modules are named from the project's folder
+
+from harness import errors
+from harness import flags as common
+from paper.numbers import CLAIMS, FIGURES, RATIOS, RECTIFIED, RUNS, TABLES, THRESHOLDS, Cell, Claim, Table, stage_1
 
 WHAT = (*TABLES, *(name for name in FIGURES if name not in TABLES))
 
 
 def flags() -> argparse.ArgumentParser:
-    parser = runs.common_flags(__doc__, training=False, seed=False)
+    parser = common.parser(__doc__)
     parser.add_argument("what", nargs="*", metavar="WHAT", help=f"{', '.join(WHAT)} (default: all of them)")
     extra = parser.add_argument_group("reproduction")
-    extra.add_argument("--seeds", type=runs.positive, default=3, metavar="N", help="use the seeds 0..N−1")
-    extra.add_argument("--epochs", type=runs.positive, metavar="N", default=argparse.SUPPRESS,
+    extra.add_argument("--seeds", type=common.whole(1), default=3, metavar="N", help="use the seeds 0..N−1")
+    extra.add_argument("--epochs", type=common.whole(1), metavar="N",
                        help="of every training, to be done sooner (default: the recipes')")
-    extra.add_argument("--jobs", type=runs.positive, metavar="N", default=argparse.SUPPRESS,
+    extra.add_argument("--jobs", type=common.whole(1), metavar="N",
                        help="trainings at a time, which share the cores (default: one beside a GPU, else one a core, at most 8)")
     extra.add_argument("--plan", action="store_true",
                        help="train and measure nothing: list the commands, and show what is there (CLIP is opened)")
@@ -52,61 +56,61 @@ if __name__ == "__main__":
 
 import numpy as np
 
+import data
 import distill
 import evaluate
-import figures
-import ground_truth
 import rectify
-import scores
 from clip.download import sha256
-from public_datasets import DATASETS
-from world import World, open_world
+from datasets import DATASETS, is_folder
+from datasets import labels as ground_truth
+from harness import files, machine, runs
+from paper import figures, run, systems
 
-SCRIPTS = {"rectify": rectify, "distill": distill}
+STAGES = ("rectify", "distill")
 
 # ------------------------------------------------------------------------------------------ what has to be run
 
 
 @dataclass(frozen=True)
 class Job:
-    """One command: a script for a system, with one seed. `probe` is scores.py with --probe."""
-    system: str
+    """One command: a stage or a measure of a run, with one seed. `probe` is scores.py with --probe."""
+    run: str                                # a name in RUNS
     script: str                             # rectify, distill, evaluate, scores, probe
     seed: int
 
     def __str__(self) -> str:
-        return f"{self.system}, {self.script}, seed {self.seed}"
+        return f"{self.run}, {self.script}, seed {self.seed}"
 
 
 def jobs_of(cell: Cell, seed: int) -> list[Job]:
     """What has to be run, in this order, for one number."""
-    system, stage, measure = cell
-    flags_of = SYSTEMS[system]
-    jobs = [Job(flags_of.teacher, "rectify", seed)] if flags_of.teacher else []
-    if flags_of.rectify is not None and stage in SCRIPTS:
-        jobs.append(Job(system, "rectify", seed))
+    name, stage, measure = cell
+    jobs = [Job(RUNS[name].teacher, "rectify", seed)] if RUNS[name].teacher else []
+    if "rectify" in RUNS[name].stages and stage in STAGES:
+        jobs.append(Job(name, "rectify", seed))
     if stage == "distill":
-        jobs.append(Job(system, "distill", seed))
+        jobs.append(Job(name, "distill", seed))
     if measure == "probe":
-        return [*jobs, Job(system, "probe", seed)]
+        return [*jobs, Job(name, "probe", seed)]
     if measure != "miou":
-        return [*jobs, Job(system, "scores", seed)]
-    return jobs if stage in SCRIPTS else [*jobs, Job(system, "evaluate", seed)]
+        return [*jobs, Job(name, "scores", seed)]
+    return jobs if stage in STAGES else [*jobs, Job(name, "evaluate", seed)]
 
 
 def plan(cells: list[Cell], seeds: int) -> list[Job]:
-    """All jobs for the cells, seed by seed, trainings of the same system together; measuring comes after its trainings."""
+    """All jobs for the cells, seed by seed, trainings of the same run together; measuring comes after its trainings."""
     wanted = {job for seed in range(seeds) for cell in cells for job in jobs_of(cell, seed)}
     wanted -= {replace(job, script="scores") for job in wanted if job.script == "probe"}          # the probe has them too
-    order, scripts = list(SYSTEMS), ("rectify", "distill", "evaluate", "scores", "probe")
-    return sorted(wanted, key=lambda job: (job.seed, order.index(job.system), scripts.index(job.script)))
+    order, scripts = list(RUNS), ("rectify", "distill", "evaluate", "scores", "probe")
+    return sorted(wanted, key=lambda job: (job.seed, order.index(job.run), scripts.index(job.script)))
 
 
 def waits_for(job: Job, jobs: list[Job]) -> list[Job]:
     """The jobs that must be finished before: a student's teacher, and for what measures all that is trained."""
     before = {"rectify": (), "distill": ("rectify",)}.get(job.script, ("rectify", "distill"))
-    owners = (job.system, SYSTEMS[job.system].teacher) if job.script == "distill" else (job.system,)
-    return [other for other in jobs if other.seed == job.seed and other.system in owners and other.script in before]
+    owners = (job.run, RUNS[job.run].teacher) if job.script == "distill" else (job.run,)
+    return [other for other in jobs
+            if other.seed == job.seed and other.run in owners and other.script in before]
 
 
 def cells_of(wanted: list[str], claims: list[Claim]) -> list[Cell]:
@@ -172,30 +176,29 @@ class Reproduction:
     """The runs of one dataset below `<out>/reproduce/<data>/`: what is there, and the commands for what is not."""
 
     def __init__(self, args: argparse.Namespace):
-        self.data = getattr(args, "data", "toyland")
-        if runs.is_folder(self.data):
-            raise ValueError(f"--data {self.data}: expected toyland or another whose labels are known, "
-                             f"{', '.join(DATASETS)}; found a folder. For one of your own run rectify.py, distill.py and "
-                             "evaluate.py --labels DIR.")
+        self.data = args.data or "toyland"
+        if is_folder(self.data):
+            raise ValueError(f"--data {self.data}: expected a dataset whose labels are known, {', '.join(DATASETS)}; found "
+                             "a folder. For one of your own run rectify.py, distill.py and evaluate.py --labels DIR.")
         self.args, self.root = args, Path(args.out) / "reproduce" / self.data
-        known = {name: value for name, value in vars(args).items() if name not in ("what", "seeds", "epochs", "jobs", "plan")}
-        self.common = argparse.Namespace(**{"cache": str(self.root / "cache")} | known | {"data": self.data})
-        self.world: World | None = None
+        self.cache = args.cache or str(self.root / "cache")
+        self.setup: data.Setup | None = None
         self.same: dict[str, str] = {}      # a point of a sweep that is the recipe itself: no run of its own
 
     def open(self) -> None:
-        """Open images, words and CLIP: needed to know whether a run was made with the numbers that would be used now."""
-        self.world = open_world(self.common)
-        recipe = {name: rectify.resolved(self.world, self.parsed(Job(name, "rectify", 0)))
-                  for name, system in SYSTEMS.items() if system.rectify is not None}
-        self.recipe, world = recipe["reclip++"], self.world
-        self.labels = len(ground_truth.true_label_files(world.name, world.root, list(world.validation_images)))
-        self.same = {name: "reclip++" for name in recipe if name != "reclip++" and recipe[name] == recipe["reclip++"]}
+        """Open images, words and CLIP: to know whether a run was made with the numbers that would be used now."""
+        self.setup = data.open_setup(argparse.Namespace(**vars(self.args) | {"data": self.data, "cache": self.cache}))
+        setup, made_of = self.setup, {
+            name: (run.system, rectify.recipe_of(self.setup_of(Job(name, "rectify", 0)), systems.SYSTEMS[run.system]))
+            for name, run in RUNS.items() if "rectify" in run.stages}
+        self.recipe = made_of["reclip++"][1]
+        self.labels = len(ground_truth.true_label_files(setup.data, setup.root, list(setup.validation_images)))
+        self.same = {name: "reclip++" for name in made_of if name != "reclip++" and made_of[name] == made_of["reclip++"]}
 
     def measured_as(self, cell: Cell) -> Cell:
-        """The cell itself, or that of the recipe where its system is no other."""
-        system, stage, measure = cell
-        return self.same.get(system, system), stage, measure
+        """The cell itself, or that of the recipe where its run is no other."""
+        name, stage, measure = cell
+        return self.same.get(name, name), stage, measure
 
     def asks(self, claim: Claim) -> bool:
         """Whether a claim can be asked of this dataset.
@@ -207,41 +210,46 @@ class Reproduction:
         return better not in worse and not in_paper(claim, self.data).startswith("−")
 
     def out(self, job: Job) -> Path:
-        return self.root / job.system / str(job.seed)
+        return self.root / job.run / str(job.seed)
 
     def folder(self, job: Job) -> Path:
-        return runs.stage_folder(self.out(job), self.data, "scores" if job.script == "probe" else job.script)
+        return runs.run_folder(str(self.out(job)), self.data, "scores" if job.script == "probe" else job.script)
 
-    def world_of(self, job: Job) -> World:
-        return replace(self.world, out=str(self.out(job)))
+    def setup_of(self, job: Job) -> data.Setup:
+        """What a job works on: the images and the CLIP that are open here, with its own flags."""
+        script, *arguments = self.command(job)
+        own = replace(self.setup, args=run.flags().parse_args(arguments) if script == "paper/run.py" else
+                      {"rectify.py": rectify, "distill.py": distill}[script].flags().parse_args(arguments))
+        own.training_images, own.fingerprint = self.setup.training_images, self.setup.fingerprint
+        return own
 
-    def arguments(self, job: Job) -> list[str]:
-        """The flags of a job."""
-        given = ["--data", self.data, "--out", str(self.out(job)), "--cache", str(self.common.cache), "--seed", str(job.seed)]
-        for name in ("root", "clip", "classes", "device", "workers"):
-            if hasattr(self.args, name):
+    def command(self, job: Job) -> list[str]:
+        """Script and flags of a job: ReCLIP++ by its own scripts, other systems by paper/run.py."""
+        of_run = RUNS[job.run]
+        given = ["--data", self.data, "--out", str(self.out(job)), "--cache", self.cache]
+        for name in ("root", "clip", "classes", "device", "workers", "activation"):
+            if getattr(self.args, name) is not None:
                 given += [f"--{name}", str(getattr(self.args, name))]
         if self.args.precision != "fp32":
             given += ["--precision", self.args.precision]
         given += [f"--{name.replace('_', '-')}" for name in ("compile", "skip_broken") if getattr(self.args, name)]
-        if job.script in SCRIPTS:
-            given += ["--resume", *(["--epochs", str(self.args.epochs)] if hasattr(self.args, "epochs") else []),
-                      *getattr(SYSTEMS[job.system], job.script)]
-        return given + ["--probe"] * (job.script == "probe")
-
-    def parsed(self, job: Job) -> argparse.Namespace:
-        return SCRIPTS[job.script].flags().parse_args(self.arguments(job))
+        if job.script in ("scores", "probe"):
+            return ["paper/scores.py", *given, "--seed", str(job.seed), *["--probe"] * (job.script == "probe")]
+        if job.script in STAGES:
+            given += ["--seed", str(job.seed), "--resume"]
+            if self.args.epochs is not None:
+                given += ["--epochs", str(self.args.epochs)]
+        if of_run.system != "reclip++":
+            return ["paper/run.py", of_run.system, "--stage", job.script, *given]
+        return [f"{job.script}.py", *given, *(of_run.flags if job.script == "rectify" else ())]
 
     def commands(self, job: Job) -> list[str]:
         """A job as it is typed: its command, and before that of a student the copy of a teacher from another folder."""
         taken = []
-        if job.script == "distill" and (teacher := SYSTEMS[job.system].teacher):
-            source, target = (self.folder(Job(system, "rectify", job.seed)) for system in (teacher, job.system))
+        if job.script == "distill" and (teacher := RUNS[job.run].teacher):
+            source, target = (self.folder(Job(name, "rectify", job.seed)) for name in (teacher, job.run))
             taken = [shlex.join(["mkdir", "-p", str(target.parent)]), shlex.join(["cp", "-r", str(source), str(target)])]
         return [*taken, f"python {shlex.join(self.command(job))}"]
-
-    def command(self, job: Job) -> list[str]:
-        return [f"{'scores' if job.script == 'probe' else job.script}.py", *self.arguments(job)]
 
     # -------------------------------------------------------------------------------------- what is there
 
@@ -250,27 +258,27 @@ class Reproduction:
         return self.result(job) is not None
 
     def result(self, job: Job) -> dict | None:
-        """What a finished job measured: the metrics of the trained stage, or those of every stage; None if it is not there."""
-        if job.script not in SCRIPTS:
+        """What a finished job measured: the metrics of a trained stage, or those of every stage; None if it is not there."""
+        if job.script not in STAGES:
             return self.measured(job)
         folder = self.folder(job)
         path = folder / "checkpoint.pt"
         if not path.exists() or (folder / "unfinished").exists():
             return None
-        made, world = rectify.load_checkpoint(path, job.script), self.world_of(job)
-        world.refuse_misfit(made)
-        recipe = rectify.resolved(world, self.parsed(job)) if job.script == "rectify" else \
-            distill.resolved(world, self.parsed(job), rectify.saved_recipe(made, "teacher_recipe"))
-        of_run, images = made["settings"], list(self.world.training_images)
-        runs.refuse_unless(path, "recipe, precision or seed",
-                           expected=runs.plain(asdict(recipe)) | {"precision": world.precision, "seed": job.seed},
-                           found=of_run["recipe"] | {name: of_run.get(name) for name in ("precision", "seed")})
-        if of_run["images"] != images:                  # told by their number: there are thousands
-            runs.refuse_unless(path, "list of training images", expected=f"{len(images)} images",
+        made, setup, system = runs.load(path, job.script), self.setup_of(job), systems.SYSTEMS[RUNS[job.run].system]
+        setup.refuse_misfit(made)
+        recipe = rectify.recipe_of(setup, system) if job.script == "rectify" else \
+            data.recipe_for(setup, distill.RECIPES, system.student_numbers)
+        of_run, expected = made["settings"], setup.settings(system, recipe)
+        runs.refuse_other_system(made, system.name)
+        for name in ("recipe", "precision", "seed"):
+            runs.refuse_unless(path, name, expected=runs.plain(expected[name]), found=of_run[name])
+        if of_run["images"] != expected["images"]:      # told by their number: there are thousands
+            runs.refuse_unless(path, "list of training images", expected=f"{len(expected['images'])} images",
                                found=f"{len(of_run['images'])}, not the same ones")
-        teacher = self.folder(Job(SYSTEMS[job.system].teacher or job.system, "rectify", job.seed)) / "checkpoint.pt"
+        teacher = self.folder(Job(RUNS[job.run].teacher or job.run, "rectify", job.seed)) / "checkpoint.pt"
         if job.script == "distill" and teacher.exists():
-            runs.refuse_unless(path, "teacher", expected=distill.teacher_of(rectify.load_checkpoint(teacher, "rectify")),
+            runs.refuse_unless(path, "teacher", expected=distill.teacher_number(runs.load(teacher, "rectify")),
                                found=of_run["teacher"])
         metrics = read_json(folder / "metrics.json")
         return metrics if self.fits(metrics, path) else None
@@ -278,9 +286,10 @@ class Reproduction:
     def measured(self, job: Job) -> dict | None:
         """What evaluate.py or scores.py wrote, if it is of these very checkpoints."""
         found = read_json(self.folder(job) / ("metrics.json" if job.script == "evaluate" else "scores.json"))
-        for stage in ("maskclip", *SCRIPTS):
-            checkpoint, of_stage = runs.stage_folder(self.out(job), self.data, stage) / "checkpoint.pt", found.get(stage)
-            if stage in SCRIPTS and not checkpoint.exists():
+        for stage in ("maskclip", *STAGES):
+            folder, of_stage = runs.run_folder(str(self.out(job)), self.data, stage), found.get(stage)
+            checkpoint = folder / "checkpoint.pt"
+            if stage in STAGES and not checkpoint.exists():
                 continue
             if not self.fits(of_stage, checkpoint) or job.script == "probe" and "probe" not in of_stage:
                 return None
@@ -288,11 +297,11 @@ class Reproduction:
 
     def fits(self, metrics, checkpoint: Path) -> bool:
         """Whether metrics are of this checkpoint, CLIP, classes and as many labels, in this precision, without refinements."""
-        world = self.world
+        setup = self.setup
         try:
             made = metrics["fingerprint"]
-            expected = {"weights": sha256(checkpoint)[:16] if checkpoint.exists() else None, "precision": world.precision,
-                        "clip": world.fingerprint, "classes": world.vocabulary.names, "images": self.labels}
+            expected = {"weights": sha256(checkpoint)[:16] if checkpoint.exists() else None, "precision": setup.precision,
+                        "clip": setup.fingerprint, "classes": setup.vocabulary.names, "images": self.labels}
             refined = any(made.get("refinements", {}).values())
             return not refined and all(made[name] == value for name, value in expected.items())
         except (TypeError, KeyError, AttributeError):
@@ -304,7 +313,7 @@ class Reproduction:
         *_, job = jobs_of(self.measured_as(cell), seed)
         if (result := self.result(job)) is None:
             return None
-        of_stage = result if job.script in SCRIPTS else result[stage]
+        of_stage = result if job.script in STAGES else result[stage]
         return of_stage["probe"]["miou"] if measure == "probe" else of_stage[measure]
 
     # -------------------------------------------------------------------------------------- what is not there
@@ -313,59 +322,29 @@ class Reproduction:
         cells = [self.measured_as(cell) for cell in cells]
         missing: list[Job] = []
         for job in plan(cells, self.args.seeds):        # what was measured before a training is measured again behind it
-            if not self.finished(job) or job.script not in SCRIPTS and waits_for(job, missing):
+            if not self.finished(job) or job.script not in STAGES and waits_for(job, missing):
                 missing.append(job)
         return missing
 
     def run(self, jobs: list[Job]) -> list[str]:
         """Run all jobs; returns what those that failed said. Whatever needs one of these is left out, all else is run."""
-        world = self.world                      # before hours of training: is there anything to measure against?
-        ground_truth.refuse_other_classes(world.name, world.vocabulary.names)
+        # Before hours of training: is there anything to measure against?
+        ground_truth.refuse_other_classes(self.setup.data, self.setup.vocabulary.names)
         if not self.labels:
             raise ValueError(f"--data {self.data}: expected labels of its validation images to measure against, found none. "
-                             f"python check.py --data {self.data} says what is missing.")
-        at_once = getattr(self.args, "jobs", 1 if self.world.device.type != "cpu" else min(8, os.cpu_count() or 1))
+                             f"python datasets/check.py --data {self.data} says what is missing.")
+        at_once = self.args.jobs or (1 if self.setup.device.type != "cpu" else min(8, os.cpu_count() or 1))
         print(f"{len(jobs)} commands to run, {at_once} at a time; what they print goes to {self.root}/*/*/*.log")
         started, failed = time.monotonic(), {}
-        for job, outcome in self.in_processes(jobs, at_once) if at_once > 1 else self.in_turn(jobs):
+        for job, outcome in self.in_processes(jobs, at_once):
             before = f"{clock(time.monotonic() - started):>7}  {job}"
             if isinstance(outcome, ValueError):
                 failed[job] = str(outcome)
                 print(f"{before}: failed", flush=True)
             else:
-                said = f": {self.result(job)['miou']:.1f}" if job.script in SCRIPTS else ""
+                said = f": {self.result(job)['miou']:.1f}" if job.script in STAGES else ""
                 print(f"{before} ({clock(outcome)}){said}", flush=True)
         return list(failed.values())
-
-    def in_turn(self, jobs: list[Job]) -> Iterator[tuple[Job, float | ValueError]]:
-        """Run one after the other in this very process: yields each with its seconds, or what went wrong."""
-        failed: list[Job] = []
-        old = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))      # `kill` stops like Ctrl-C
-        try:
-            for job in jobs:
-                if waits_for(job, failed):
-                    failed.append(job)          # and what needs this one is left out too
-                    continue
-                started = time.monotonic()
-                try:
-                    self.in_this_process(job)
-                    yield job, time.monotonic() - started
-                except ValueError as error:
-                    failed.append(job)
-                    yield job, error
-        finally:
-            signal.signal(signal.SIGTERM, old)
-
-    def in_this_process(self, job: Job) -> None:
-        script = scores if job.script in ("scores", "probe") else {**SCRIPTS, "evaluate": evaluate}[job.script]
-        try:
-            with open(self.prepare(job), "w", encoding="utf-8") as log, contextlib.redirect_stdout(log):
-                script.main(script.flags().parse_args(self.arguments(job)))
-        except ValueError as error:
-            raise ValueError(f"{job}: {error} The command was: python {shlex.join(self.command(job))}") from error
-        except KeyboardInterrupt:               # the script's own words name a flag that is not ours
-            raise KeyboardInterrupt(f"The same command goes on with {job}.") from None
-        self.refuse_unfinished(job)
 
     def in_processes(self, jobs: list[Job], at_once: int) -> Iterator[tuple[Job, float | ValueError]]:
         """Run several at a time, each as soon as what it needs is there: yields each with its seconds, or what went wrong."""
@@ -394,7 +373,7 @@ class Reproduction:
         script, *arguments = self.command(job)
         log, started = self.prepare(job), time.monotonic()
         with open(log, "wb") as file:
-            code = children.run([sys.executable, str(Path(__file__).parent / script), *arguments], file, environment)
+            code = children.run([sys.executable, str(Path(__file__).parents[1] / script), *arguments], file, environment)
         if code:
             text = log.read_text(errors="replace").strip()
             last_words = " ".join(text[text.rfind("error: ") if "error: " in text else -500:].split())
@@ -406,7 +385,7 @@ class Reproduction:
     def prepare(self, job: Job) -> Path:
         """The job's folder, with the teacher that its student takes over; returns the path of its log."""
         self.out(job).mkdir(parents=True, exist_ok=True)
-        if job.script == "distill" and (teacher := SYSTEMS[job.system].teacher):
+        if job.script == "distill" and (teacher := RUNS[job.run].teacher):
             take_over(self.folder(Job(teacher, "rectify", job.seed)), self.folder(replace(job, script="rectify")))
         return self.out(job) / f"{job.script}.log"
 
@@ -541,7 +520,7 @@ def draw(reproduction: Reproduction, wanted: list[str], values: dict[Cell, list[
     wanted = [name for name in wanted if all(cell in values for cell in FIGURES[name])]
     paths = []
     if only := [int(name[-1]) for name in ("figure1", "figure4") if name in wanted]:
-        known = vars(reproduction.common) | {"out": str(reproduction.out(Job("reclip++", "rectify", 0))), "only": only,
+        known = vars(reproduction.setup.args) | {"out": str(reproduction.out(Job("reclip++", "rectify", 0))), "only": only,
                                              "labels": None, "show": None, "points": None}
         paths = figures.main(argparse.Namespace(**known))
     drawn = {path.name: path.read_bytes() for path in paths}
@@ -551,20 +530,21 @@ def draw(reproduction: Reproduction, wanted: list[str], values: dict[Cell, list[
         drawn["figure5_results.png"] = figure_5(reproduction)
     for name, content in drawn.items():
         content = figures.small_enough(content, figures.LARGEST)
-        runs.write_atomically(reproduction.root / name, lambda file: file.write(content))
+        files.write_atomically(reproduction.root / name, lambda file: file.write(content))
     return sorted(drawn)
 
 
 def figure_5(reproduction: Reproduction) -> bytes:
     """Image, MaskCLIP, ReCLIP, ReCLIP++, distilled, truth: the stages of two runs side by side. PNG."""
-    world, query = reproduction.world_of(Job("reclip++", "distill", 0)), rectify.cached_query(reproduction.world)
-    of_reclip = evaluate.predictors(reproduction.world_of(Job("reclip", "rectify", 0)), query, ["rectify"])
-    ours = evaluate.predictors(world, query, ["maskclip", "rectify", "distill"])
+    setup, of_other = (reproduction.setup_of(Job(name, "rectify", 0)) for name in ("reclip++", "reclip"))
+    query = rectify.query_of(reproduction.setup)
+    of_reclip = evaluate.predictors(of_other, query, ["rectify"], systems.SYSTEMS["reclip"])
+    ours = evaluate.predictors(setup, query, ["maskclip", "rectify", "distill"])
     columns = {"MaskCLIP": ours["maskclip"], "ReCLIP rectified": of_reclip["rectify"], "ReCLIP++ rectified": ours["rectify"],
                "ReCLIP++ distilled": ours["distill"]}
-    labels = ground_truth.true_label_files(world.name, world.root, list(world.validation_images))
-    path = world.folder("figures") / "figure5_results.png"
-    evaluate.picture_sheet(world, columns, labels, path, rows=8, height=192)
+    labels = ground_truth.true_label_files(setup.data, setup.root, list(setup.validation_images))
+    path = setup.folder("figures") / "figure5_results.png"
+    evaluate.picture_sheet(setup, columns, labels, path, rows=8, height=192)
     return path.read_bytes()
 
 
@@ -593,8 +573,8 @@ def main(args: argparse.Namespace) -> dict[Cell, list[float]]:
             values[cell] = found
     drawn = [] if args.plan else draw(reproduction, [name for name in wanted if name in FIGURES], values)
     lines = [f"## {reproduction.data}: ours beside the paper's", "",
-             f"Seeds: {args.seeds}; epochs: {getattr(args, 'epochs', 'as in the recipes')}; {args.precision}; "
-             f"{runs.versions()}. ± is the standard deviation over seeds. mIoU in percent unless a row says otherwise.", ""]
+             f"Seeds: {args.seeds}; epochs: {args.epochs or 'as in the recipes'}; {args.precision}; "
+             f"{machine.versions()}. ± is the standard deviation over seeds. mIoU in percent unless a row says otherwise.", ""]
     for name in wanted:
         if name in TABLES:
             lines += table_lines(TABLES[name], values, reproduction.data)
@@ -602,9 +582,9 @@ def main(args: argparse.Namespace) -> dict[Cell, list[float]]:
     text = "\n".join(lines)
     if not args.plan:
         pictures = "".join(f"\n![{name.removesuffix('.png').replace('_', ': ')}]({name})\n" for name in drawn)
-        runs.write_atomically(reproduction.root / "results.md", lambda file: file.write((text + pictures).encode()))
-        runs.write_json(reproduction.root / "results.json", {
-            "versions": runs.versions(), "seeds": args.seeds, "epochs": getattr(args, "epochs", None),
+        files.write_atomically(reproduction.root / "results.md", lambda file: file.write((text + pictures).encode()))
+        files.write_json(reproduction.root / "results.json", {
+            "versions": machine.versions(), "seeds": args.seeds, "epochs": args.epochs,
             "precision": args.precision, "values": {"/".join(cell): found for cell, found in values.items()},
             "claims": [{"source": claim.source, "claim": claim.text, "differences": difference,
                         "verdict": verdict(difference, digits_of(claim))}
@@ -619,5 +599,5 @@ def main(args: argparse.Namespace) -> dict[Cell, list[float]]:
 
 
 if __name__ == "__main__":
-    with runs.errors_in_one_paragraph():
+    with errors.one_paragraph(FLAGS.debug):
         main(FLAGS)

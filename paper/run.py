@@ -40,6 +40,7 @@ import data
 import distill
 import evaluate
 import rectify
+from harness import runs
 from paper import systems
 
 OF_RECTIFY = ("cache_features", "vote_threshold", "window_ratio", "dense_path", "mask_scale", "loss_scale")
@@ -63,6 +64,8 @@ def main(args: argparse.Namespace) -> dict | None:
         if stage == "rectify":
             rectify_with(without(args, OF_DISTILL), system)
         elif stage == "distill":
+            if system.rectifier is systems.MaskCLIP and runs.find(args.out, args.data, "rectify") is None:
+                rectify_with(args, system)
             setup = distill.main(without(args, OF_RECTIFY if args.stage is None else ()), system)
             evaluate.after_training(setup, "distill", system)
         else:

@@ -1,9 +1,9 @@
 """The paper's measures beside mIoU: class preference and space preference (Table VII, Figure 1), linear probe (Table I).
 
-    python scores.py                           the two preferences of all stages of the newest run
-    python scores.py --probe                   the linear probe too
-    python scores.py --hypotheses              precision and recall of what stage 1 was told of its training images (Eq. 6)
-    python scores.py --data photos --classes names.txt --labels photo_labels
+    python paper/scores.py                           the two preferences of all stages of the newest run
+    python paper/scores.py --probe                   the linear probe too
+    python paper/scores.py --hypotheses              precision and recall of what stage 1 was told of its training images (Eq. 6)
+    python paper/scores.py --data photos --classes names.txt --labels photo_labels
 
 Here labels train something, and nowhere else: the classifier of the linear probe, which asks how much a frozen model's pixel
 embeddings know. It stands outside the method and no stage ever reads it. It and --hypotheses alone open training labels of
@@ -17,16 +17,19 @@ labels, as evaluate.py does. Reads the checkpoints of one run, writes runs/<data
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-import runs
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])      # modules are named from the project's folder
+
+from harness import errors
+from harness import flags as common
 
 
 def flags() -> argparse.ArgumentParser:
-    parser = runs.common_flags(__doc__, training=False)
+    parser = common.parser(__doc__, "labels", "seed")
     extra = parser.add_argument_group("evaluation")
-    extra.add_argument("--labels", metavar="DIR", default=None,
-                       help="index pictures of a folder of your own images: same names, .png, value = class, 255 ignored")
     extra.add_argument("--probe", action="store_true",
                        help="train a linear classifier on the labels of training images, for each stage, and measure it")
     extra.add_argument("--hypotheses", action="store_true",
@@ -50,14 +53,15 @@ from tqdm import tqdm
 import data
 import distill
 import evaluate
-import ground_truth
-import public_datasets
 import rectify
-import toyland
-from clip.download import sha256
+from datasets import IGNORE, is_folder
+from datasets import images as image_files
+from datasets import labels as ground_truth
+from distill import System
 from evaluate import Predictor
-from rectify import cached_query
-from world import World, open_world
+from harness import files, machine, runs
+from paper import systems
+from toyland import world as toyland
 
 # ------------------------------------------------------------------------------------------ class preference
 
@@ -119,7 +123,7 @@ def objects(true_label: Tensor) -> tuple[Tensor, Tensor]:
     a corner is 1. So it is the same for an image at any size.
     """
     H, W = true_label.shape
-    piece, counted = connected_pieces(true_label), true_label != data.IGNORE
+    piece, counted = connected_pieces(true_label), true_label != IGNORE
     is_object = torch.zeros(int(piece.max()) + 1, dtype=torch.bool, device=piece.device)
     is_object[piece[counted]] = True
     number = torch.where(is_object, is_object.cumsum(dim=0) - 1, -1)[piece]     # without gaps where ignored pieces were
@@ -199,13 +203,13 @@ def space_preference(curve: Tensor, counts: Tensor) -> float:
 # ------------------------------------------------------------------------------------------ over a dataset
 
 
-def confusions(world: World, found: dict[str, Predictor], labels: dict[str, Path],
+def confusions(setup: data.Setup, found: dict[str, Predictor], labels: dict[str, Path],
                bins: int = BINS) -> dict[str, tuple[Tensor, Tensor]]:
     """Over all images, for each stage: one confusion matrix a bin of distance, and its objects, `((K, C, C), (K,))`."""
-    classes = len(world.vocabulary)
+    classes = len(setup.vocabulary)
     total = {stage: (torch.zeros(bins, classes, classes, dtype=torch.int64), torch.zeros(bins, dtype=torch.int64))
              for stage in found}
-    for true_label, of_stages in evaluate.predictions(world, found, labels):
+    for true_label, of_stages in evaluate.predictions(setup, found, labels):
         place, objects_in = bins_of_pixels(true_label, bins)
         for stage, predicted in of_stages.items():
             confusion, counts = total[stage]
@@ -240,7 +244,7 @@ class ProbeRecipe:
     steps: int = 200                        # of L-BFGS, at most
 
 
-def embeddings(world: World, query: Tensor, stages: list[str]) -> dict[str, Predictor]:
+def embeddings(setup: data.Setup, query: Tensor, stages: list[str], system: System) -> dict[str, Predictor]:
     """What each stage makes of a pixel before it is given a class: (B, D, h, w) in the place of logits.
 
     vanilla, maskclip   CLIP's dense features, the one through the attention of the last block, the other past it (Z).
@@ -250,12 +254,12 @@ def embeddings(world: World, query: Tensor, stages: list[str]) -> dict[str, Pred
     distill             the student's Ẑ. Table I's one number for ReCLIP++ can only mean this: it is the one embedding that
                         the method trains.
     """
-    found = evaluate.predictors(world, query, stages)
+    found = evaluate.predictors(setup, query, stages, system)
     for stage, predictor in found.items():
         if stage in ("vanilla", "maskclip"):
-            predictor.logits = lambda features: features
+            found[stage] = replace(predictor, logits=lambda features: features)
         elif stage == "distill":
-            predictor.logits = distill.load_student(world, query)[1].network
+            found[stage] = replace(predictor, logits=distill.load_student(setup, query, system)[1].network)
     return found
 
 
@@ -285,7 +289,7 @@ def fit_linear(features: Tensor, true_label: Tensor, classes: int, decay: float,
 
 
 class DrawnScenes(torch.utils.data.Dataset):
-    """For the probe alone: Toyland's training scenes with their truth, as `ground_truth.LabelledImages` would give them.
+    """For the probe alone: Toyland's training scenes with their truth, as `evaluate.LabelledImages` would give them.
 
     The truth of these scenes is on no disk, so that nothing that trains could read it. A scene is a function of its number,
     though: here both are drawn again and forgotten.
@@ -298,29 +302,28 @@ class DrawnScenes(torch.utils.data.Dataset):
         return len(self.ids)
 
     def __getitem__(self, index: int) -> tuple[str, Tensor, Tensor]:
-        split, number = self.ids[index].split("/")
-        image, truth = toyland.scene(split, int(number))
+        image, truth = toyland.scene("train", int(self.ids[index]))
         image = data.short_side_to(Image.fromarray(image), self.short_side, self.multiple)
         return self.ids[index], data.to_tensor(image), torch.from_numpy(truth.astype(np.int64))
 
 
-def labelled_training_images(world: World, short_side: int, most: int, flag: str) -> torch.utils.data.Dataset:
+def labelled_training_images(setup: data.Setup, short_side: int, most: int, flag: str) -> torch.utils.data.Dataset:
     """For what `flag` asks for: at most `most` training images, evenly spaced, with their true labels.
 
     Raises ValueError for a folder of one's own images, which has no second part to measure on, and when there are no labels.
     """
-    if runs.is_folder(world.name):
-        raise ValueError(f"{flag} --data {world.name}: expected a dataset with labels for training and others for "
+    if is_folder(setup.data):
+        raise ValueError(f"{flag} --data {setup.data}: expected a dataset with labels for training and others for "
                          f"validation; found a folder of your own images. Leave {flag} out.")
-    patch, images = world.clip_model.visual.patch_size, world.training_images
-    if world.name == "toyland":
+    patch, images = setup.clip_model.visual.patch_size, setup.training_images
+    if setup.data == "toyland":
         return DrawnScenes(evenly_spaced(list(images), most), short_side, patch)
-    labels = public_datasets.label_files(world.name, world.root, "train", list(images))
+    labels = ground_truth.label_files(setup.data, setup.root, "train", list(images))
     if not labels:
-        raise ValueError(f"{flag} --data {world.name}: expected labels of its training images, found none. Unpack them, or "
+        raise ValueError(f"{flag} --data {setup.data}: expected labels of its training images, found none. Unpack them, or "
                          f"leave {flag} out.")
     chosen = {name: labels[name] for name in evenly_spaced(list(labels), most)}
-    return ground_truth.LabelledImages(images, chosen, ground_truth.lookup_table(world.name, len(world.vocabulary)), short_side, patch)
+    return evaluate.LabelledImages(images, chosen, ground_truth.lookup_table(setup.data, len(setup.vocabulary)), short_side, patch)
 
 
 def evenly_spaced(items: list, most: int) -> list:
@@ -340,7 +343,7 @@ def label_at_centres(true_label: Tensor, h: int, w: int) -> Tensor:
 
 
 @torch.no_grad()
-def labelled_patches(world: World, found: dict[str, Predictor], recipe: ProbeRecipe,
+def labelled_patches(setup: data.Setup, found: dict[str, Predictor], recipe: ProbeRecipe,
                      seed: int) -> dict[str, tuple[Tensor, Tensor]]:
     """What the probe of each stage learns from: embeddings (N, D) of patches of training images, and their classes (N,).
 
@@ -349,37 +352,37 @@ def labelled_patches(world: World, found: dict[str, Predictor], recipe: ProbeRec
     parts: dict[str, list[tuple[Tensor, Tensor]]] = {stage: [] for stage in found}
     for short_side in sorted({embed.short_side for embed in found.values()}):
         of_size = {stage: embed for stage, embed in found.items() if embed.short_side == short_side}
-        dataset = labelled_training_images(world, short_side, recipe.images, "--probe")
-        loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=world.workers)
+        dataset = labelled_training_images(setup, short_side, recipe.images, "--probe")
+        loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=setup.workers)
         for name, image, true_label in tqdm(loader, desc="embedding", unit="image"):
-            with runs.autocast(world.device, world.precision):
-                embedded = evaluate.logits_of_all(world, of_size, image[None].to(world.device))
+            with machine.autocast(setup.device, setup.precision):
+                embedded = evaluate.logits_of_all(setup, of_size, image[None].to(setup.device))
             for stage, (dense,) in embedded.items():                                              # (D, h, w)
                 label = label_at_centres(true_label, *dense.shape[-2:]).flatten()                 # (h·w,)
-                generator = torch.Generator().manual_seed(runs.seed_of(seed, "probe", name))
+                generator = torch.Generator().manual_seed(machine.seed_of(seed, "probe", name))
                 chosen = torch.randperm(len(label), generator=generator)[:recipe.patches]
-                chosen = chosen[label[chosen] != data.IGNORE]
+                chosen = chosen[label[chosen] != IGNORE]
                 parts[stage].append((dense.flatten(start_dim=1).T[chosen.to(dense.device)], label[chosen].to(dense.device)))
     whole = {stage: tuple(map(torch.cat, zip(*of_stage))) for stage, of_stage in parts.items()}
     if not all(len(classes) for _, classes in whole.values()):
-        raise ValueError(f"--probe --data {world.name}: expected training labels that name a class, found ignored pixels "
+        raise ValueError(f"--probe --data {setup.data}: expected training labels that name a class, found ignored pixels "
                          "(255) alone.")
     return whole
 
 
-def linear_probes(world: World, query: Tensor, stages: list[str], labels: dict[str, Path], recipe: ProbeRecipe,
-                  seed: int) -> dict[str, dict]:
+def linear_probes(setup: data.Setup, query: Tensor, stages: list[str], labels: dict[str, Path],
+                  recipe: ProbeRecipe, seed: int, system: System) -> dict[str, dict]:
     """For each stage: train one linear classifier on its frozen embeddings of training images, measure it on validation.
 
     Table I. Returns what `evaluate.measures` says of the predictions (mIoU and friends, in percent), with the number of
     patches that the probe learned from.
     """
-    found = embeddings(world, query, stages)
-    patches = labelled_patches(world, found, recipe, seed)
-    fitted = {stage: fit_linear(*both, len(world.vocabulary), recipe.decay, recipe.steps) for stage, both in patches.items()}
+    found = embeddings(setup, query, stages, system)
+    patches = labelled_patches(setup, found, recipe, seed)
+    fitted = {stage: fit_linear(*both, len(setup.vocabulary), recipe.decay, recipe.steps) for stage, both in patches.items()}
     probes = {stage: replace(found[stage], logits=probe_on(found[stage].logits, *fitted[stage])) for stage in stages}
-    return {stage: evaluate.measures(confusion.sum(dim=0), world.vocabulary.names) | {"patches": len(patches[stage][1])}
-            for stage, (confusion, _) in confusions(world, probes, labels, bins=1).items()}
+    return {stage: evaluate.measures(confusion.sum(dim=0), setup.vocabulary.names) | {"patches": len(patches[stage][1])}
+            for stage, (confusion, _) in confusions(setup, probes, labels, bins=1).items()}
 
 
 def probe_on(embed: Callable[[Tensor], Tensor], weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
@@ -398,24 +401,25 @@ def precision_and_recall(hypothesis: Tensor, truth: Tensor) -> tuple[float | Non
     return tuple(round(right / count, 4) if count else None for count in (hypothesis.sum().item(), truth.sum().item()))
 
 
-def hypothesis_scores(world: World, query: Tensor) -> dict:
-    """How right H of Eq. 6 is about the training images, as the run's recipe (or its ablation's rule) has it.
+def hypothesis_scores(setup: data.Setup, query: Tensor, system: System) -> dict:
+    """How right H of Eq. 6 is about the training images, as the run's recipe (or its system's rule) has it.
 
     A class is in an image if it has a thousandth of the pixels that have a label. classes: of an H, on average; precision and
     recall over all pairs of image and class, and of every class.
     """
-    recipe, images, C = rectify.recipe_of(world), world.training_images, len(world.vocabulary)
-    labelled, rows = labelled_training_images(world, recipe.short_side, len(images), "--hypotheses"), {}
-    for name, _, true_label in tqdm(torch.utils.data.DataLoader(labelled, batch_size=None, num_workers=world.workers),
+    recipe, images, C = evaluate.stage_1_recipe(setup), setup.training_images, len(setup.vocabulary)
+    labelled, rows = labelled_training_images(setup, recipe.short_side, len(images), "--hypotheses"), {}
+    for name, _, true_label in tqdm(torch.utils.data.DataLoader(labelled, batch_size=None, num_workers=setup.workers),
                                     desc="labels", unit="image"):
-        pixels = torch.bincount(true_label[true_label != data.IGNORE].flatten(), minlength=C)
+        pixels = torch.bincount(true_label[true_label != IGNORE].flatten(), minlength=C)
         rows[name] = pixels > LEAST * pixels.sum()
-    hypotheses = rectify.chosen(recipe, rectify.cached_hypotheses)(world, query, images, recipe)
+    votes = rectify.votes_of(setup, query, recipe, system.teacher or system)
+    hypotheses = rectify.multi_label_hypothesis(votes, recipe.vote_threshold)
     H, truth = hypotheses[[number for number, name in enumerate(images) if name in rows]], torch.stack(list(rows.values()))
     precision, recall = precision_and_recall(H, truth)
     return {"images": len(H), "classes": round(H.sum(dim=1).float().mean().item(), 2), "precision": precision, "recall": recall,
-            "per_class": {name: precision_and_recall(H[:, k], truth[:, k]) for k, name in enumerate(world.vocabulary.names)},
-            "window_ratio": recipe.window_ratio, "vote_threshold": recipe.vote_threshold, "ablation": recipe.ablation}
+            "per_class": {name: precision_and_recall(H[:, k], truth[:, k]) for k, name in enumerate(setup.vocabulary.names)},
+            "window_ratio": recipe.window_ratio, "vote_threshold": recipe.vote_threshold, "system": (system.teacher or system).name}
 
 
 def print_hypotheses(found: dict) -> None:
@@ -428,22 +432,15 @@ def print_hypotheses(found: dict) -> None:
 # ------------------------------------------------------------------------------------------ the run
 
 
-def fingerprint(world: World, stage: str, predictor: Predictor, images: int) -> dict:
-    """What a stage's scores depend on besides the code."""
-    checkpoint = world.folder(stage) / "checkpoint.pt"
-    return {"stage": stage, "data": world.name, "images": images, "classes": world.vocabulary.names,
-            "short_side": predictor.short_side, "bins": BINS, "precision": world.precision, "clip": world.fingerprint,
-            "dense_path": rectify.recipe_of(world).dense_path, "ablation": predictor.ablation,
-            "weights": sha256(checkpoint)[:16] if checkpoint.exists() else None}
-
-
-def open_measured(args: argparse.Namespace) -> tuple[World, Tensor, dict[str, Path], list[str]]:
-    """The newest run, or that of `--data`: its world, query, validation labels (perhaps none) and stages."""
-    world = open_world(args, rectify.newest_run(args))
-    evaluate.refuse_labels_of(world, args.labels)
-    labels = ground_truth.true_label_files(world.name, world.root, list(world.validation_images), args.labels) \
-        if ground_truth.labels_fit(world.name, world.vocabulary.names) else {}
-    return world, cached_query(world), labels, evaluate.existing_stages(world)
+def open_measured(args: argparse.Namespace) -> tuple[data.Setup, Tensor, dict[str, Path], list[str], System]:
+    """The newest run, or that of `--data`: its setup, query, validation labels (perhaps none), stages and system."""
+    checkpoint = runs.find(args.out, args.data, "distill", "rectify")       # a student says which system it is of
+    setup = data.open_setup(args, checkpoint)
+    evaluate.refuse_labels_of(setup, args.labels)
+    labels = ground_truth.true_label_files(setup.data, setup.root, list(setup.validation_images), args.labels) \
+        if ground_truth.labels_fit(setup.data, setup.vocabulary.names) else {}
+    system = systems.of(checkpoint) if checkpoint else System()
+    return setup, rectify.query_of(setup), labels, evaluate.existing_stages(setup), system
 
 
 def print_scores(scores: dict) -> None:
@@ -464,7 +461,7 @@ def print_scores(scores: dict) -> None:
 
 
 def titled(stage: str, found: dict) -> str:
-    return evaluate.title(stage, found["fingerprint"]["ablation"])
+    return evaluate.title(stage, found["fingerprint"]["system"])
 
 
 def shown(value: float | None, digits: int) -> str:
@@ -473,29 +470,30 @@ def shown(value: float | None, digits: int) -> str:
 
 def main(args: argparse.Namespace) -> dict:
     """Score all stages of the newest run (or of `--data`), write scores.json, return the scores."""
-    world, query, labels, stages = open_measured(args)
-    runs.refuse_folders(world.folder("scores"), "scores.json", "hypotheses.json")
-    ground_truth.refuse_other_classes(world.name, world.vocabulary.names)
+    setup, query, labels, stages, system = open_measured(args)
+    files.refuse_folders(setup.folder("scores"), "scores.json", "hypotheses.json")
+    ground_truth.refuse_other_classes(setup.data, setup.vocabulary.names)
     if not labels:
-        raise ValueError(f"{world.name}: expected labels of its validation images to measure against, found none. For a "
+        raise ValueError(f"{setup.data}: expected labels of its validation images to measure against, found none. For a "
                          "folder of your own pass --labels DIR.")
-    found = evaluate.predictors(world, query, stages)
-    scores = {stage: preferences(*both) | {"fingerprint": fingerprint(world, stage, found[stage], len(labels))}
-              for stage, both in confusions(world, found, labels).items()}
+    found = evaluate.predictors(setup, query, stages, system)
+    scores = {stage: preferences(*both) | {"fingerprint": evaluate.fingerprint(
+        setup, stage, found[stage], len(labels)) | {"bins": BINS}}
+              for stage, both in confusions(setup, found, labels).items()}
     if args.probe:
         recipe = ProbeRecipe()
-        for stage, measured in linear_probes(world, query, stages, labels, recipe, args.seed).items():
+        for stage, measured in linear_probes(setup, query, stages, labels, recipe, args.seed, system).items():
             scores[stage]["probe"] = measured | {"recipe": asdict(recipe), "seed": args.seed}
     print_scores(scores)
     if args.hypotheses:
-        print_hypotheses(found := hypothesis_scores(world, query))
-        runs.write_json(world.folder("scores") / "hypotheses.json", found)
-    path = world.folder("scores") / "scores.json"
-    runs.write_json(path, scores)
-    print(f"\nWrote {path}\nNext: python figures.py{runs.repeated(args)}")
+        print_hypotheses(found := hypothesis_scores(setup, query, system))
+        files.write_json(setup.folder("scores") / "hypotheses.json", found)
+    path = setup.folder("scores") / "scores.json"
+    files.write_json(path, scores)
+    print(f"\nWrote {path}\nNext: python paper/figures.py{common.repeated(args)}")
     return scores
 
 
 if __name__ == "__main__":
-    with runs.errors_in_one_paragraph():
+    with errors.one_paragraph(FLAGS.debug):
         main(FLAGS)

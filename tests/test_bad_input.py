@@ -1,14 +1,17 @@
-"""Bad input, in several hundred generated cases: every script either refuses it in one paragraph or handles it rightly.
+"""Bad input, in more than a thousand generated cases: every script refuses it in one paragraph or handles it
+rightly.
 
     python -m pytest tests/test_bad_input.py         # -m "not slow" leaves out the longer half
 
-A refusal is exit code 2 and one paragraph on stderr that says what was expected, what was found and where. It leaves the
-run folders as they were, byte for byte; only caches, which are keyed by all they depend on, may have grown.
+A refusal is exit code 2 and one paragraph on stderr that says what was expected, what was found and where. It
+leaves the run folders as they were, byte for byte, without a new lock or an empty folder; only caches, which
+are keyed by all they depend on, may have grown.
 
-Each case works in a copy of one folder in which everything has been done once: VOC's tree and a folder of photos, both
-rectified and distilled, and a run of both stages that was broken off.
+Each case works in a copy of one folder in which everything has been done once: VOC's tree and a folder of
+photos, both rectified and distilled, and a run of both stages that was broken off.
 """
 
+import inspect
 import json
 import os
 import shutil
@@ -24,59 +27,66 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-import data
 import distill
 import evaluate
 import rectify
-import reproduce
-import runs
 import segment
-import toyland
-from helpers import (SMALLEST, VOC_BASE, openai_state, photo, quick_recipes, write_label, write_openai_archive, write_photos,
-                     write_voc_tree)
+from datasets import images as image_files, words as class_lists
+from harness import errors, runs
+from helpers import (SMALLEST, VOC_BASE, openai_state, photo, quick_recipes, write_label,
+                     write_openai_archive,
+                     write_photos, write_voc_tree)
+from paper import reproduce, run as paper_run
+from toyland import pretrain, world
 
-SCRIPTS = {script.__name__: script for script in (rectify, distill, evaluate, segment, toyland, reproduce)}
+SCRIPTS = {script.__name__.rpartition(".")[2]: script
+           for script in (rectify, distill, evaluate, segment, world, pretrain, reproduce, paper_run)}
 STAGES = {"rectify": rectify, "distill": distill}
 WORDS = ["cat", "sofa", "wall"]
 CLIP = "CLIP"                               # stands in the flags below for the path of the small CLIP
 VOC = ["--data", "voc", "--clip", CLIP]
 PHOTOS = ["--data", "photos", "--classes", "names.txt", "--clip", CLIP]
+STORED = [*PHOTOS, "--out", "stored", "--cache-features", "1"]
 SEGMENT = ["photo.jpg", "--classes", "cat, sofa, wall", "--clip", CLIP, "--out", "fresh"]
 FIRST_RUN = {"rectify": PHOTOS, "distill": PHOTOS, "segment": SEGMENT}
-LATER_RUN = {"distill": [], "evaluate": ["--labels", "truth"], "segment": ["photo.jpg"]}       # of the newest run
+LATER_RUN = {"distill": [], "evaluate": ["--labels", "truth"], "segment": ["photo.jpg"]}  # of the newest run
 
 
-# ------------------------------------------------------------------------------------------ a folder in which all was done
+# ----------------------------------------------------------------------------- a folder in which all was done
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Datasets, words, labels, a finished run of each dataset in runs/ and a broken-off one in unfinished/."""
+    """Datasets, words, labels, a finished run of each dataset in runs/ and a broken-off one in
+    unfinished/."""
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         quick_recipes(patch, folder)
-        patch.setattr(toyland, "TRAIN_SCENES", 2)
-        patch.setattr(toyland, "VAL_SCENES", 2)
+        patch.setattr(world, "TRAIN_SCENES", 2)
+        patch.setattr(world, "VAL_SCENES", 2)
         write_openai_archive("tiny.pt", **SMALLEST)
         write_voc_tree(Path("data"))
         write_photos(Path("photos"), "a.jpg", "b.png", "c.jpg")
         photo(seed=7).save("photo.jpg")
         Path("names.txt").write_text("".join(f"{word}\n" for word in WORDS))
         for name in "abc":
-            write_label(Path("truth", f"{name}.png"), np.random.default_rng(0).choice([0, 1, 2, 255], (40, 56)))
+            write_label(Path("truth", f"{name}.png"),
+                        np.random.default_rng(0).choice([0, 1, 2, 255], (40, 56)))
         command(folder, rectify, VOC)
         command(folder, distill, [])
         command(folder, evaluate, [])
         for out in ("runs", "unfinished"):
             command(folder, rectify, [*PHOTOS, "--out", out])
             command(folder, distill, [*PHOTOS, "--out", out])
-        for script in (rectify, distill):                       # again, broken off in the second of two epochs
+        command(folder, rectify, STORED)
+        for script in (rectify, distill):  # again, broken off in the second of two epochs
             with patch.context() as broken, pytest.raises(Interrupted):
                 step, calls = script.train_step, []
-                broken.setattr(script, "train_step", lambda *args: interrupt() if calls else calls.append(1) or step(*args))
+                broken.setattr(script, "train_step",
+                               lambda *args: interrupt() if calls else calls.append(1) or step(*args))
                 command(folder, script, [*PHOTOS, "--out", "unfinished"])
         Path("unfinished/photos/distill/checkpoint.pt").unlink()
-        for path in Path("runs/photos").rglob("checkpoint.pt"):                 # runs/photos is the newest run
+        for path in Path("runs/photos").rglob("checkpoint.pt"):  # runs/photos is the newest run
             os.utime(path)
         yield folder
 
@@ -99,12 +109,14 @@ def work(finished):
 
 def looks(path: Path):
     found = path.lstat()
-    return "folder" if stat.S_ISDIR(found.st_mode) else (stat.S_IFMT(found.st_mode), found.st_size, found.st_mtime_ns)
+    return "folder" if stat.S_ISDIR(found.st_mode) else (stat.S_IFMT(found.st_mode), found.st_size,
+                                                         found.st_mtime_ns)
 
 
 @pytest.fixture
 def place(finished, work, monkeypatch):
-    """The copy to work in, mended behind each case (to copy all would take longer than most cases); gives CLIP's folder."""
+    """The copy to work in, mended behind each case (to copy all would take longer than most cases); gives
+    CLIP's folder."""
     folder, expected = work
     monkeypatch.chdir(folder)
     yield finished
@@ -116,30 +128,41 @@ def place(finished, work, monkeypatch):
             (folder / name).mkdir() if look == "folder" else shutil.copy2(finished / name, folder / name)
 
 
-# ------------------------------------------------------------------------------------------ what a command must do
+# ------------------------------------------------------------------------------------- what a command must do
 
 def command(place: Path, script, flags):
-    """`main` of a script with a command line, on the CPU; CLIP in the flags is the small one."""
+    """A script with a command line, on the CPU: its `main`, and after a training the script's last lines.
+    CLIP in the flags is the small one."""
     flags = [str(place / "tiny.pt") if flag == CLIP else str(flag) for flag in flags]
-    device = [] if script is toyland or "--device" in flags else ["--device", "cpu"]
-    return script.main(script.flags().parse_args([*flags, *device]))
+    device = [] if script in (world, pretrain) or "--device" in flags else ["--device", "cpu"]
+    result = script.main(script.flags().parse_args([*flags, *device]))
+    if script in (rectify, distill):
+        evaluate.after_training(result, script.__name__)
+    return result
 
 
-def files() -> dict[str, bytes]:
-    """Every file under the working folder, except caches and Toyland's scenes, which are drawn when they are missing."""
-    return {str(path): path.read_bytes() for path in Path().rglob("*")
-            if path.is_file() and path.parent.name != "cache" and path.parts[:2] != ("data", "toyland")}
+def contents() -> dict[str, bytes | None]:
+    """Every file under the working folder with its bytes, and every empty folder with None.
+
+    But for caches and Toyland's scenes, which are drawn when they are missing. A lock that stays is told even
+    there.
+    """
+    return {str(path): path.read_bytes() if path.is_file() else None for path in Path().rglob("*")
+            if path.suffix == ".lock"
+            or path.parent.name != "cache" and path.parts[:2] != ("data", "toyland")
+            and (path.is_file() or path.is_dir() and not any(path.iterdir()))}
 
 
 def refused(capsys, place, script, flags, *naming: str, new=()) -> str:
-    """Run a command that must be refused: exit code 2, one paragraph that holds all of `naming`, and nothing else changed.
+    """Run a command that must be refused: exit code 2, one paragraph that holds all of `naming`, nothing else
+    changed.
 
     `new`: files that may be new or changed all the same. Returns the paragraph.
     """
-    before, code = files(), 0
+    before, code = contents(), 0
     capsys.readouterr()
     try:
-        with runs.errors_in_one_paragraph():
+        with errors.one_paragraph():
             command(place, script, flags)
     except SystemExit as end:
         code = end.code
@@ -148,10 +171,10 @@ def refused(capsys, place, script, flags, *naming: str, new=()) -> str:
     paragraph = said[said.find("error: "):]
     assert paragraph.startswith("error: ") and "\n\n" not in paragraph and "Traceback" not in said, said
     assert not [str(part) for part in naming if str(part) not in paragraph], paragraph
-    after = files()
+    after = contents()
     assert {name for name in {**before, **after} if before.get(name) != after.get(name)} <= set(new)
     assert not list(Path().rglob("*.part"))
-    if not said.startswith("usage:"):           # argparse has words of its own: invalid choice, invalid int value
+    if not said.startswith("usage:"):  # argparse has words of its own: invalid choice, invalid int value
         assert "expected" in paragraph.lower() and "found" in paragraph.lower(), f"wording: {paragraph}"
     return paragraph
 
@@ -165,7 +188,8 @@ def cases(table: dict, *scripts, slow=()) -> list:
     rows = [(name, row if isinstance(row, tuple) else (row,)) for name, row in table.items()]
     if not scripts:
         return [pytest.param(*row, id=name, marks=marks[name in slow]) for name, row in rows]
-    return [pytest.param(SCRIPTS[script], *row, id=f"{script}: {name}", marks=marks[script in slow or name in slow])
+    return [pytest.param(SCRIPTS[script], *row, id=f"{script}: {name}",
+                         marks=marks[script in slow or name in slow])
             for script in scripts for name, row in rows]
 
 
@@ -174,7 +198,8 @@ def weights_of(stage: str, folder="runs/photos") -> dict[str, torch.Tensor]:
 
 
 def same_weights(found: dict, expected: dict) -> bool:
-    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name])
+                                                   for name in expected)
 
 
 def index_of(name="photo", out="fresh") -> np.ndarray:
@@ -185,13 +210,20 @@ def index_of(name="photo", out="fresh") -> np.ndarray:
 # ------------------------------------------------------------------------------------------ flags
 
 def unreadable_numbers():
-    """For every script and every flag that takes a whole number: what is none, or none that the flag can take."""
+    """For every script and every flag that takes a number: what is none, or none that the flag can take."""
     for name, script in SCRIPTS.items():
         for action in script.flags()._actions:
-            if action.type in (int, runs.positive):
-                for text in ["many", "", "1.5", "nan", "1e3"] + ["0", "-3"] * (action.type is runs.positive):
+            kind = getattr(action.type, "__qualname__", "").split(".")[0]       # whole, real of harness/flags.py
+            if kind in ("whole", "real"):
+                limits = inspect.getclosurevars(action.type).nonlocals
+                texts = ["many", "", "nan", "-3"] if kind == "real" else ["many", "", "1.5", "nan", "1e3",
+                                                                          "-3"]
+                texts += ["inf", f"{2 * limits['most'] + 1:g}"] if kind == "real" else []
+                texts += ["0"] if limits["least"] > 0 or limits.get("said") else []
+                for text in texts:
                     flag = action.option_strings[0]
-                    yield pytest.param(script, [flag, text], (flag, text), id=f"{name} {flag} {text or 'empty'}")
+                    yield pytest.param(script, [flag, text], (flag, text),
+                                       id=f"{name} {flag} {text or 'empty'}")
 
 
 def unknown_choices():
@@ -200,17 +232,15 @@ def unknown_choices():
             if action.choices:
                 for text in ("nonsense", action.choices[0].upper(), ""):
                     flag = action.option_strings[0]
-                    yield pytest.param(script, [flag, text], (flag, repr(text)), id=f"{name} {flag} {text or 'empty'}")
+                    yield pytest.param(script, [flag, text], (flag, repr(text)),
+                                       id=f"{name} {flag} {text or 'empty'}")
         yield pytest.param(script, ["--nonsense"], ("--nonsense",), id=f"{name} unknown flag")
         yield pytest.param(script, ["--see", "1"], ("--see",), id=f"{name} shortened flag")
         yield pytest.param(script, ["one", "two"], ("two",), id=f"{name} surplus words")
         yield pytest.param(script, ["--seed"], ("--seed",), id=f"{name} flag without its value")
 
 
-@pytest.mark.parametrize("script, flags, naming", [
-    *unreadable_numbers(), *unknown_choices(),
-    *(pytest.param(evaluate, ["--prompt-denoising", text], ("--prompt-denoising", text), id=f"evaluate --prompt-denoising "
-                   f"{text or 'empty'}") for text in ("half", ""))])
+@pytest.mark.parametrize("script, flags, naming", [*unreadable_numbers(), *unknown_choices()])
 def test_flag_that_cannot_be_read_is_refused(tmp_path, monkeypatch, capsys, script, flags, naming):
     """Each flag by its name, before anything is loaded."""
     monkeypatch.chdir(tmp_path)
@@ -218,40 +248,51 @@ def test_flag_that_cannot_be_read_is_refused(tmp_path, monkeypatch, capsys, scri
 
 
 NUMBERS_OUT_OF_RANGE = {
-    **{f"evaluate --prompt-denoising {p}": (evaluate, ["--data", "voc", "--prompt-denoising", p], "--prompt-denoising")
+    **{f"evaluate --prompt-denoising {p}": (evaluate, ["--data", "voc", "--prompt-denoising", p],
+                                            "--prompt-denoising")
        for p in ("nan", "inf", "-inf", "-0.5", "1.5")},
     **{f"{name} --workers -1": (SCRIPTS[name], [*flags, "--workers", "-1"], "--workers")
        for name, flags in (("rectify", VOC), ("distill", ["--data", "voc"]), ("evaluate", ["--data", "voc"]),
                            ("reproduce", VOC))},
-    **{f"toyland --pretrain {flag} {text}": (toyland, ["--pretrain", "--weights", "weights", flag, text], flag)
+    **{f"pretrain {flag} {text}": (pretrain, ["--weights", "weights", flag, text], flag)
        for flag, text in (("--pictures", "0"), ("--pictures", "-1"), ("--pictures", "100"), ("--epochs", "0"),
                           ("--epochs", "-1"), ("--seed", "-1"))},
-    "toyland --seed -1": (toyland, ["--seed", "-1"], "--seed"),
-    **{f"{name} --device {device or 'empty'}": (SCRIPTS[name], [*flags, "--device", device], f"--device {device}".strip())
+    "world --seed -1": (world, ["--seed", "-1"], "--seed"),
+    **{f"{name} --device {device or 'empty'}": (SCRIPTS[name], [*flags, "--device", device],
+                                                f"--device {device}".strip())
        for name, flags in (("rectify", VOC), ("segment", SEGMENT))
        for device in ("nonsense", "cuda:99", "cpu:x", "meta", "-1", "")},
     **{f"segment --background {mode or 'empty'}": (segment, [*SEGMENT, "--background", mode], "--background")
-       for mode in ("", "words:", "words: ,", "threshold: 2", "threshold: nan", "threshold: 0", "road", "words: cat",
+       for mode in ("", "words:", "words: ,", "threshold: 2", "threshold: nan", "threshold: 0", "road",
+                    "words: cat",
                     "words: " + "very " * 70)},
-    "segment --stage rectify for other words": (segment, ["photo.jpg", "--classes", "dog, lawn", "--clip", CLIP, "--stage",
+    "segment --stage rectify for other words": (segment,
+                                                ["photo.jpg", "--classes", "dog, lawn", "--clip", CLIP,
+                                                 "--stage",
                                                           "rectify"], "--stage rectify"),
-    "segment --background words of a rectification": (segment, ["photo.jpg", "--background", "words: road"], "--background"),
+    "segment --background words of a rectification": (segment, ["photo.jpg", "--background", "words: road"],
+                                                      "--background"),
     "evaluate --labels of a known dataset": (evaluate, ["--data", "voc", "--labels", "truth"], "--labels"),
     **{f"rectify {flag} {text or 'empty'}": (rectify, [*VOC, flag, text], flag)
-       for flag, texts in (("--vote-threshold", ("-0.1", "1.1", "nan", "")), ("--window-ratio", ("0", "0.001", "2", "nan", "r")))
+       for flag,
+       texts in (("--vote-threshold", ("-0.1", "1.1", "nan", "")),
+                 ("--window-ratio", ("0", "0.001", "2", "nan", "r")))
        for text in texts},
-    "rectify --vote-threshold of whole images": (rectify, [*VOC, "--vote-threshold", "0.1", "--ablation", "reclip"],
-                                                 "--vote-threshold: expected hypotheses from windows"),
+    "run --vote-threshold of whole images": (paper_run, ["reclip", *VOC, "--vote-threshold", "0.1"],
+                                             "expected hypotheses from windows"),
+    "run of an unknown system": (paper_run, ["recap", *VOC], "recap"),
+    "run of no system": (paper_run, VOC, "reclip"),
     "rectify --download of photos": (rectify, [*PHOTOS, "--download"], "--download"),
     "reproduce of photos": (reproduce, PHOTOS, "--data photos")}
 
 
 @pytest.mark.parametrize("script, flags, naming", cases(NUMBERS_OUT_OF_RANGE))
 def test_flag_with_a_senseless_value_is_refused(place, monkeypatch, capsys, script, flags, naming):
-    """The value can be read, but nothing sensible follows from it: no silent default, no message of another library."""
-    monkeypatch.setattr(toyland, "pretraining_pictures", lambda _seed, count: (
-        np.zeros((count, 64, 64, 3), np.uint8), ["sky"] * count))               # drawing them would take seconds
-    monkeypatch.setattr(toyland, "RESNET_EPOCHS", 1)
+    """The value can be read, but nothing sensible follows from it: no silent default, no message of another
+    library."""
+    monkeypatch.setattr(pretrain, "pretraining_pictures", lambda _seed, count: (
+        np.zeros((count, 64, 64, 3), np.uint8), ["sky"] * count))  # drawing them would take seconds
+    monkeypatch.setattr(pretrain, "RESNET_EPOCHS", 1)
     refused(capsys, place, script, flags, naming)
 
 
@@ -259,7 +300,8 @@ def test_flag_with_a_senseless_value_is_refused(place, monkeypatch, capsys, scri
 def test_more_workers_than_cores_are_not_started(place, monkeypatch, script):
     """A million processes would take the machine down: no more than it has cores, whatever is asked."""
     asked, loader = [], torch.utils.data.DataLoader
-    monkeypatch.setattr(torch.utils.data, "DataLoader", lambda *args, num_workers=0, **more: asked.append(num_workers)
+    monkeypatch.setattr(torch.utils.data, "DataLoader", lambda *args, num_workers=0,
+                        **more: asked.append(num_workers)
                         or loader(*args, **more))
     command(place, script, ["--data", "voc", "--clip", CLIP, "--workers", "1000000"])
     assert asked and max(asked) <= os.cpu_count()
@@ -317,7 +359,8 @@ def nothing():
     pass
 
 
-NO_DATA = {"missing": ("nowhere", nothing), "empty": ("empty", empty_folder), "a file": ("photo.jpg", nothing),
+NO_DATA = {"missing": ("nowhere", nothing), "empty": ("empty", empty_folder),
+           "a file": ("photo.jpg", nothing),
            "below a file": ("photo.jpg/photos", nothing), "no images": ("notes", folder_of_other_files),
            "dangling links alone": ("links", folder_of_dangling_links), "VOC in capitals": ("VOC", nothing),
            "Toyland in capitals": ("Toyland", nothing), "data/voc": ("data/voc", nothing),
@@ -326,7 +369,8 @@ NO_DATA = {"missing": ("nowhere", nothing), "empty": ("empty", empty_folder), "a
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script, name, spoil", cases(NO_DATA, "rectify", "distill", "evaluate", slow=["distill"]))
+@pytest.mark.parametrize("script, name, spoil",
+                         cases(NO_DATA, "rectify", "distill", "evaluate", slow=["distill"]))
 def test_folder_that_holds_no_dataset_is_refused(place, capsys, script, name, spoil):
     """With class names, so that a folder could be meant."""
     spoil()
@@ -342,7 +386,8 @@ def test_folder_without_class_names_is_refused(place, capsys, script, name):
 
 NAMES = {"spaces": "my own photos", "Unicode": "été на море 写真", "quotes": "it's \"mine\"", "dots": "a.b..c",
          "percent": "50% {off}",
-         "a dash": "--photos", "a new line": "two\nlines", "brackets": "[a-c]*", "a dataset's name": "sub/voc",
+         "a dash": "--photos", "a new line": "two\nlines", "brackets": "[a-c]*",
+         "a dataset's name": "sub/voc",
          "a stage's name": "rectify", "200 letters": "x" * 200, "trailing slash": "photos/",
          "dots on the way": "photos/../photos",
          "inner dot": "./photos"}
@@ -350,12 +395,15 @@ NAMES = {"spaces": "my own photos", "Unicode": "été на море 写真", "qu
 
 @pytest.mark.parametrize("name", cases(NAMES, slow=list(NAMES)[2:]))
 def test_folder_of_any_name_works(place, name):
-    """The same photos under another name give the same weights; the later scripts find the run by themselves."""
+    """The same photos under another name give the same weights; the later scripts find the run by
+    themselves."""
     if not Path(name).exists():
         shutil.copytree("photos", name)
     command(place, rectify, [f"--data={name}", *PHOTOS[2:], "--out", "fresh"])
-    assert same_weights(weights_of("rectify", Path("fresh", Path(name).resolve().name)), weights_of("rectify"))
-    assert list(command(place, evaluate, ["--labels", "truth", "--out", "fresh"])) == ["vanilla", "maskclip", "rectify"]
+    assert same_weights(weights_of("rectify", Path("fresh", Path(name).resolve().name)),
+                        weights_of("rectify"))
+    assert list(command(place, evaluate, ["--labels", "truth", "--out", "fresh"])) == ["vanilla", "maskclip",
+                                                                                       "rectify"]
     command(place, segment, ["photo.jpg", "--out", "fresh"])
 
 
@@ -370,7 +418,7 @@ def test_folder_named_like_a_dataset_keeps_off_its_results(place):
     assert Path("runs/voc/rectify/checkpoint.pt").read_bytes() == before
 
 
-# ------------------------------------------------------------------------------------------ images that cannot be read
+# --------------------------------------------------------------------------------- images that cannot be read
 
 def png_chunk(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -378,7 +426,8 @@ def png_chunk(kind: bytes, content: bytes) -> bytes:
 
 def png(width: int, height: int, depth: int, colour_type: int, rows: bytes) -> bytes:
     """A PNG by hand: rows are raw scan lines, each behind a filter byte."""
-    return (b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0))
+    return (b"\x89PNG\r\n\x1a\n"
+            + png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0))
             + png_chunk(b"IDAT", zlib.compress(rows)) + png_chunk(b"IEND", b""))
 
 
@@ -408,12 +457,15 @@ BROKEN_IMAGES = {
     "a web page": lambda: b"<!DOCTYPE html><html>404</html>",
     "a PDF": lambda: b"%PDF-1.4\n%\xe2\xe3\xcf\xd3\n", "zeros": lambda: bytes(5000), "AppleDouble":
     lambda: b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X        " + bytes(100),
-    "JPEG's first bytes": lambda: b"\xff\xd8\xff\xe0\x00\x10JFIF", "PNG's signature": lambda: b"\x89PNG\r\n\x1a\n",
+    "JPEG's first bytes": lambda: b"\xff\xd8\xff\xe0\x00\x10JFIF",
+    "PNG's signature": lambda: b"\x89PNG\r\n\x1a\n",
     **{f"JPEG cut at {round(100 * share)} %": cut("jpg", share) for share in (0.1, 0.5, 0.9)},
     **{f"PNG cut at {round(100 * share)} %": cut("png", share) for share in (0.1, 0.5, 0.9)},
     "progressive JPEG cut at 50 %": cut("jpg", 0.5, progressive=True), "TIFF cut at 50 %": cut("tif", 0.5),
-    "WEBP cut at 50 %": cut("webp", 0.5), "BMP cut at 50 %": cut("bmp", 0.5), "PNG with one wrong bit": flipped_in_png,
-    "PNG of 40000 × 40000": lambda: png(40000, 40000, 8, 2, bytes(100)), "PNG of 0 × 0": lambda: png(0, 0, 8, 2, b""),
+    "WEBP cut at 50 %": cut("webp", 0.5), "BMP cut at 50 %": cut("bmp", 0.5),
+    "PNG with one wrong bit": flipped_in_png,
+    "PNG of 40000 × 40000": lambda: png(40000, 40000, 8, 2, bytes(100)),
+    "PNG of 0 × 0": lambda: png(0, 0, 8, 2, b""),
     "a git-lfs pointer": lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"}
 
 
@@ -422,7 +474,8 @@ BROKEN_IMAGES = {
 def test_broken_training_image_is_named(place, capsys, script, content):
     """In a folder of photos that were trained with before: the old results stay."""
     Path("photos/broken.jpg").write_bytes(content())
-    refused(capsys, place, script, ["--data", "photos", "--classes", "names.txt", "--clip", CLIP], "photos/broken.jpg")
+    refused(capsys, place, script, ["--data", "photos", "--classes", "names.txt", "--clip", CLIP],
+            "photos/broken.jpg")
 
 
 @pytest.mark.slow
@@ -444,7 +497,8 @@ def test_broken_validation_image_is_named(place, capsys, content):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_broken_validation_image_does_not_cost_the_training(place, capsys, stage):
-    """Training reads other images: its checkpoint is written and whole; only then the measuring is refused."""
+    """Training reads other images: its checkpoint is written and whole; only then the measuring is
+    refused."""
     path = Path("data", VOC_BASE, "JPEGImages/2007_000042.jpg")
     path.write_bytes(b"")
     folder = Path("fresh/voc", stage)
@@ -460,10 +514,12 @@ def test_broken_photo_is_named(place, capsys, content):
     refused(capsys, place, segment, ["broken photo.jpg"], "broken photo.jpg")
 
 
-@pytest.mark.parametrize("name", ["nowhere.jpg", "photos", "", "photo.jpg/x.jpg", "names.txt", "x" * 300 + ".jpg",
+@pytest.mark.parametrize("name",
+                         ["nowhere.jpg", "photos", "", "photo.jpg/x.jpg", "names.txt", "x" * 300 + ".jpg",
                                   "link.jpg",
                                   os.devnull],
-                         ids=["missing", "a folder", "empty", "below a file", "a text", "a long name", "a dangling link",
+                         ids=["missing", "a folder", "empty", "below a file", "a text", "a long name",
+                              "a dangling link",
                               "the null device"])
 def test_photo_that_is_no_file_is_named(place, capsys, name):
     Path("link.jpg").symlink_to("nowhere.jpg")
@@ -519,10 +575,10 @@ def half_transparent() -> Image.Image:
 
 
 PALETTE = Image.fromarray(COLOURS).convert("P", palette=Image.Palette.ADAPTIVE)
-SIXTEEN = png(56, 40, 16, 2, b"".join(b"\0" + row.repeat(2, axis=-1).tobytes() for row in COLOURS))      # 257 · value
+SIXTEEN = png(56, 40, 16, 2, b"".join(b"\0" + row.repeat(2, axis=-1).tobytes() for row in COLOURS))
 FRAMES = [Image.fromarray(255 - COLOURS), Image.fromarray(COLOURS // 2)]
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-GOOD_IMAGES = {                             # how it is written, what is to be read, by how much that may differ
+GOOD_IMAGES = {  # how it is written, what is to be read, by how much that may differ
     "mode 1": (saved(GREY > 127), THREE // 128 * 255, 0), "mode L": (saved(GREY), THREE, 0),
     "mode L, JPEG": (saved(GREY, "jpg", quality=100), THREE, 3),
     "mode LA": (saved(half_transparent().convert("LA")), THREE, 1),
@@ -531,27 +587,34 @@ GOOD_IMAGES = {                             # how it is written, what is to be r
     "mode RGBA": (saved(half_transparent()), COLOURS, 0),
     "mode RGBA, WEBP": (saved(half_transparent(), "webp", lossless=True, exact=True), COLOURS, 0),
     "mode CMYK, TIFF": (saved(Image.fromarray(COLOURS).convert("CMYK"), "tif"), COLOURS, 1),
-    "mode CMYK, JPEG": (saved(Image.fromarray(COLOURS).convert("CMYK"), "jpg", quality=100, subsampling=0), COLOURS, 8),
+    "mode CMYK, JPEG": (saved(Image.fromarray(COLOURS).convert("CMYK"), "jpg", quality=100, subsampling=0),
+                        COLOURS, 8),
     "mode I;16, PNG": (saved(GREY.astype(np.uint16) * 257), THREE, 0),
     "mode I;16, TIFF": (saved(GREY.astype(np.uint16) * 257, "tif"), THREE, 0),
     "mode I, TIFF": (saved(GREY.astype(np.int32) * 257, "tif"), THREE, 0),
     "16 bits a colour": (raw(SIXTEEN), COLOURS, 0),
     **{f"EXIF orientation {k}": (turned(k), upright(k), 6) for k in range(1, 9)},
     "EXIF orientation 0": (turned(0), COLOURS, 6), "EXIF orientation 9": (turned(9), COLOURS, 6),
-    "EXIF of 57 kB": (large_exif(), COLOURS, 6), "EXIF of noise": (saved(COLOURS, "jpg", quality=100, subsampling=0,
-                                                                  exif=b"Exif\0\0" + bytes(range(256))), COLOURS, 6),
+    "EXIF of 57 kB": (large_exif(), COLOURS, 6),
+    "EXIF of noise": (saved(COLOURS, "jpg", quality=100, subsampling=0,
+                                                                  exif=b"Exif\0\0" + bytes(range(256))),
+                      COLOURS, 6),
     "ICC profile": (saved(COLOURS, icc_profile=PROFILE), COLOURS, 0),
     "progressive JPEG": (saved(COLOURS, "jpg", quality=100, subsampling=0, progressive=True), COLOURS, 6),
-    "JPEG with a tail": (lambda stem: raw(encoded("jpg", quality=100, subsampling=0) + b"tail" * 50, "jpg")(stem), COLOURS,
+    "JPEG with a tail": (lambda stem: raw(encoded("jpg", quality=100, subsampling=0) + b"tail" * 50,
+                                          "jpg")(stem), COLOURS,
                          6),
     "JPEG called PNG": (lambda stem: raw(encoded("jpg", quality=100, subsampling=0))(stem), COLOURS, 6),
     "PNG called JPG": (lambda stem: raw(encoded("png"), "JPG")(stem), COLOURS, 0),
     "BMP": (saved(COLOURS, "bmp"), COLOURS, 0), "PPM": (saved(COLOURS, "ppm"), COLOURS, 0),
     "TIFF of three frames": (saved(COLOURS, "tif", save_all=True, append_images=FRAMES), COLOURS, 0),
-    "WEBP of three frames": (saved(COLOURS, "webp", save_all=True, append_images=FRAMES, lossless=True), COLOURS, 0),
+    "WEBP of three frames": (saved(COLOURS, "webp", save_all=True, append_images=FRAMES, lossless=True),
+                             COLOURS, 0),
     "PNG of three frames": (saved(COLOURS, save_all=True, append_images=FRAMES), COLOURS, 0),
-    "1 × 1": (saved(COLOURS[:1, :1]), COLOURS[:1, :1], 0), "2 × 3": (saved(COLOURS[:2, :3]), COLOURS[:2, :3], 0),
-    "40 × 1": (saved(COLOURS[:, :1]), COLOURS[:, :1], 0), "1 × 500": (saved(COLOURS[:1].repeat(9, axis=1)[:, :500]),
+    "1 × 1": (saved(COLOURS[:1, :1]), COLOURS[:1, :1], 0),
+    "2 × 3": (saved(COLOURS[:2, :3]), COLOURS[:2, :3], 0),
+    "40 × 1": (saved(COLOURS[:, :1]), COLOURS[:, :1], 0),
+    "1 × 500": (saved(COLOURS[:1].repeat(9, axis=1)[:, :500]),
                                                                 COLOURS[:1].repeat(9, axis=1)[:, :500], 0),
     "2000 × 3": (saved(COLOURS[:, :3].repeat(50, axis=0)), COLOURS[:, :3].repeat(50, axis=0), 0),
     "600 × 800": (saved(COLOURS.repeat(15, axis=0).repeat(15, axis=1)[:, :800]),
@@ -563,7 +626,7 @@ GOOD_IMAGES = {                             # how it is written, what is to be r
 def test_photo_of_any_kind_is_segmented_as_it_looks(place, write, pixels, tolerance):
     """Read as the picture that a viewer shows; the index has its size and no class but the three."""
     path = write("odd")
-    read = np.asarray(data.read_image(path), int)
+    read = np.asarray(image_files.read_image(path), int)
     assert read.shape == pixels.shape and np.abs(read - pixels).max() <= tolerance
     command(place, segment, [path, *SEGMENT[1:]])
     assert index_of("odd").shape == pixels.shape[:2] and index_of("odd").max() < 3
@@ -584,7 +647,7 @@ def test_training_image_of_any_kind_is_trained_with(place, write, pixels, tolera
     assert all(tensor.isfinite().all() for tensor in weights_of("rectify", "fresh/photos").values())
 
 
-AMBIGUOUS_IMAGES = {                        # no convention says what is white: to refuse them is as good as to read them
+AMBIGUOUS_IMAGES = {  # no convention says what is white: to refuse them is as good as to read them
     "mode F, TIFF, 0 to 255": (saved(GREY.astype(np.float32), "tif"), THREE),
     "mode F, TIFF, 0 to 1": (saved(GREY.astype(np.float32) / 255, "tif"), THREE),
     "mode F, TIFF, with NaN": (saved(np.where(GREY > 127, np.nan, GREY).astype(np.float32), "tif"), THREE),
@@ -598,11 +661,12 @@ def test_picture_without_a_known_white_is_refused_or_read(place, write, pixels):
     """Never silently all black, all white or with half of its greys lost."""
     path = write("odd")
     try:
-        read = np.asarray(data.read_image(path), int)
+        read = np.asarray(image_files.read_image(path), int)
     except ValueError as error:
         assert "odd.tif: expected" in str(error) and "truncated" not in str(error), error
     else:
-        assert len(np.unique(read)) > len(np.unique(pixels)) // 2, f"only the greys {np.unique(read)} are left"
+        left = np.unique(read)
+        assert len(left) > len(np.unique(pixels)) // 2, f"only the greys {left} are left"
 
 
 PHOTO_NAMES = {"spaces": "my photo.jpg", "Unicode": "Küste 写真.jpg", "quotes": "it's \"it\".jpg",
@@ -621,7 +685,8 @@ def test_photo_of_any_name_is_segmented(place, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [pytest.param(name, id=key) for key, name in PHOTO_NAMES.items() if key != "no suffix"])
+@pytest.mark.parametrize("name", [pytest.param(name, id=key) for key, name in PHOTO_NAMES.items()
+                                  if key != "no suffix"])
 def test_training_image_of_any_name_is_trained_with(place, name):
     shutil.copy("photo.jpg", Path("photos", name))
     command(place, rectify, [*PHOTOS, "--out", "fresh"])
@@ -631,7 +696,8 @@ def test_training_image_of_any_name_is_trained_with(place, name):
 
 
 def test_what_is_no_file_among_the_photos_is_passed_over(place):
-    """A folder called x.png, a dangling link, a loop of links, an empty folder, a text: the same weights as without them."""
+    """A folder called x.png, a dangling link, a loop of links, an empty folder, a text: the same weights as
+    without them."""
     Path("photos/x.png").mkdir()
     Path("photos/dangling.jpg").symlink_to("nowhere.jpg")
     Path("photos/loop").symlink_to(".")
@@ -651,12 +717,15 @@ BAD_CLASSES = {
     "empty": b"", "blanks": b"\n \n\t\n\r\n", "comments": lines("# cat", "  # dog"), "one": lines("cat"),
     "one with synonyms": lines("cat, kitty, puss"), "twice": lines("cat", "dog", "cat"),
     "twice by case": lines("cat", "CAT"),
-    "twice with blanks": lines("potted plant", "potted  plant"), "a synonym twice": lines("cat, pet", "dog, pet"),
+    "twice with blanks": lines("potted plant", "potted  plant"),
+    "a synonym twice": lines("cat, pet", "dog, pet"),
     "a synonym twice in a class": lines("cat, cat", "dog"), "a name as a synonym": lines("cat", "dog, cat"),
-    "twice in Unicode's two spellings": lines(*(unicodedata.normalize(form, "café") for form in ("NFC", "NFD")), "dog"),
+    "twice in Unicode's two spellings": lines(*(unicodedata.normalize(form, "café")
+                                                for form in ("NFC", "NFD")), "dog"),
     "commas alone": lines("cat", ", ,", "dog"), "an over-long name": lines("cat", "very " * 70 + "old dog"),
     "one word of 100 kB": lines("cat", "x" * 100_000), "no readable character": lines("cat", "\x08"),
-    "256 classes": lines(*(f"word {i}" for i in range(256))), "1000 classes": lines(*(f"word {i}" for i in range(1000))),
+    "256 classes": lines(*(f"word {i}" for i in range(256))),
+    "1000 classes": lines(*(f"word {i}" for i in range(1000))),
     "UTF-16": "cat\ndog\n".encode("utf-16"), "UTF-16 without a mark": "cat\ndog\n".encode("utf-16-le"),
     "UTF-32": "cat\ndog\n".encode("utf-32"), "Latin-1": "Küche\nTür\n".encode("latin-1"),
     "a picture": png(1, 1, 8, 0, b"\0\0"),
@@ -664,7 +733,8 @@ BAD_CLASSES = {
     "CLIP's start token in a name": lines("cat", "dog <|startoftext|>")}
 
 
-@pytest.mark.parametrize("script, content", cases(BAD_CLASSES, "rectify", "distill", "segment", slow=["distill"]))
+@pytest.mark.parametrize("script, content",
+                         cases(BAD_CLASSES, "rectify", "distill", "segment", slow=["distill"]))
 def test_bad_class_file_is_named(place, capsys, script, content):
     Path("bad names.txt").write_bytes(content)
     flags = [flag if flag not in ("names.txt", "cat, sofa, wall") else "bad names.txt"
@@ -676,14 +746,17 @@ def test_bad_class_file_is_named(place, capsys, script, content):
                          ids=["missing", "a folder", "in a missing folder", "a long name", "empty"])
 @pytest.mark.parametrize("script", ["rectify", "distill", "evaluate"])
 def test_class_file_that_is_not_there_is_named(place, capsys, script, name):
-    refused(capsys, place, SCRIPTS[script], ["--data", "photos", "--classes", name, "--clip", CLIP], name or "--classes")
+    refused(capsys, place, SCRIPTS[script], ["--data", "photos", "--classes", name, "--clip", CLIP],
+            name or "--classes")
 
 
 @pytest.mark.parametrize("words", ["nams.txt", "nowhere/names.txt", "photos", "names.tx",
                                    "~/names.txt"])
 def test_mistyped_class_file_of_segment_is_told_from_words(place, capsys, words):
-    """segment.py's --classes is a file or a list of words: what looks like a path, and is none, is named as such."""
-    said = refused(capsys, place, segment, ["photo.jpg", "--classes", words, "--clip", CLIP], words.rpartition(", ")[2])
+    """segment.py's --classes is a file or a list of words: what looks like a path, and is none, is named as
+    such."""
+    said = refused(capsys, place, segment, ["photo.jpg", "--classes", words, "--clip", CLIP],
+                   words.rpartition(", ")[2])
     assert "file" in said, said
 
 
@@ -695,12 +768,14 @@ def test_bad_list_of_words_is_refused(place, capsys, words):
 
 GOOD_CLASSES = {
     "a byte-order mark": (b"\xef\xbb\xbf" + lines("cat", "dog"), ["cat", "dog"]),
-    "Windows' line ends": (b"cat\r\ndog\r\n", ["cat", "dog"]), "old Macs' line ends": (b"cat\rdog\r", ["cat", "dog"]),
+    "Windows' line ends": (b"cat\r\ndog\r\n", ["cat", "dog"]),
+    "old Macs' line ends": (b"cat\rdog\r", ["cat", "dog"]),
     "no last line end": (b"cat\ndog", ["cat", "dog"]),
     "blanks and comments": (b"# pets\n\n cat \n\t\n  # more\ndog\n", ["cat", "dog"]),
     "synonyms": (lines("cat, kitty ,, puss,", "dog"), ["cat", "dog"]), "emoji": (lines("🐱", "🐶"), ["🐱", "🐶"]),
     "Cyrillic and Chinese": (lines("кот", "狗"), ["кот", "狗"]), "digits": (lines("7", "8"), ["7", "8"]),
-    "braces": (lines("{}", "{0} {name}"), ["{}", "{0} {name}"]), "percent": (lines("%s", "100%"), ["%s", "100%"]),
+    "braces": (lines("{}", "{0} {name}"), ["{}", "{0} {name}"]),
+    "percent": (lines("%s", "100%"), ["%s", "100%"]),
     "entities": (lines("cat &amp; dog", "sofa"), ["cat &amp; dog", "sofa"]),
     "quotes": (lines("'cat'", '"dog"'), ["'cat'", '"dog"']),
     "a name of 60 tokens": (lines("cat", "very " * 59 + "old"), ["cat", "very " * 59 + "old"])}
@@ -712,19 +787,20 @@ def test_class_file_of_any_kind_is_read(place, content, names):
     """Through a training: the names are in its checkpoint, in their order."""
     Path("good.txt").write_bytes(content)
     command(place, rectify, [*PHOTOS[:3], "good.txt", *PHOTOS[4:], "--out", "fresh"])
-    world = runs.load(Path("fresh/photos/rectify/checkpoint.pt"), "rectify")["settings"]["world"]
-    assert [first for first, *_ in world["synonyms"]] == names
+    settings = runs.load(Path("fresh/photos/rectify/checkpoint.pt"), "rectify")["settings"]
+    assert [first for first, *_ in settings["synonyms"]] == names
     command(place, segment, ["photo.jpg", "--out", "fresh"])
     assert index_of().max() < len(names)
 
 
 def test_255_classes_go_through_a_training(place, monkeypatch):
     """As many as a label picture has values, but for the one that means ignored."""
-    monkeypatch.setattr(data, "QUERY_TEMPLATES", data.QUERY_TEMPLATES[:2])
+    monkeypatch.setattr(class_lists, "QUERY_TEMPLATES", class_lists.QUERY_TEMPLATES[:2])
     Path("many.txt").write_bytes(lines(*(f"word {i}" for i in range(255))))
     command(place, rectify, [*PHOTOS[:3], "many.txt", *PHOTOS[4:], "--out", "fresh"])
     command(place, segment, ["photo.jpg", "--out", "fresh"])
-    assert weights_of("rectify", "fresh/photos")["decoder.norm.weight"].shape == (255,) and index_of().max() < 255
+    assert weights_of("rectify", "fresh/photos")["decoder.norm.weight"].shape == (255,)
+    assert index_of().max() < 255
 
 
 # ------------------------------------------------------------------------------------------ VOC's tree
@@ -776,18 +852,21 @@ def images_in_capitals() -> None:
         path.rename(path.with_suffix(".JPG"))
 
 
-BAD_TREES = {                                                                   # what is spoilt, what is to be named
+BAD_TREES = {  # what is spoilt, what is to be named
     "no data folder": (without(Path("data")), "JPEGImages"),
     "empty data folder": (without(Path("data/VOCdevkit")), "JPEGImages"),
-    "no JPEGImages": (without(BASE / "JPEGImages"), "JPEGImages"), "no ImageSets": (without(BASE / "ImageSets"), ".txt"),
-    "no lists": (lists_gone, ".txt"), "JPEGImages is a file": (file_for_folder(BASE / "JPEGImages"), "JPEGImages"),
+    "no JPEGImages": (without(BASE / "JPEGImages"), "JPEGImages"),
+    "no ImageSets": (without(BASE / "ImageSets"), ".txt"),
+    "no lists": (lists_gone, ".txt"),
+    "JPEGImages is a file": (file_for_folder(BASE / "JPEGImages"), "JPEGImages"),
     "ImageSets is a file": (file_for_folder(BASE / "ImageSets"), ".txt"),
     "VOC2012 is a file": (file_for_folder(BASE), "JPEGImages"),
     "lists are folders": (folder_for_file(LISTS / "train.txt", LISTS / "val.txt"), ".txt"),
     "empty lists": (list_of(b""), ".txt"), "blank lists": (list_of(b"\n \r\n"), ".txt"),
     "lists of UTF-16": (list_of("2007_000032\n".encode("utf-16")), ".txt"),
     "lists of noise": (list_of(b"\xff\x80\n"), ".txt"),
-    "lists with NUL": (list_of(b"2007\x00000032\n"), ".txt"), "a name of 300 letters": (list_of(b"x" * 300), "x" * 300),
+    "lists with NUL": (list_of(b"2007\x00000032\n"), ".txt"),
+    "a name of 300 letters": (list_of(b"x" * 300), "x" * 300),
     "a missing image": (list_of(b"2007_000032\n2007_999999\n"), "2007_999999.jpg"),
     "names with suffixes": (list_of(b"2007_000032.jpg\n"), "2007_000032.jpg.jpg"),
     "a dangling link": (dangling_image, ".jpg"),
@@ -801,11 +880,14 @@ def test_bad_tree_of_voc_is_refused(place, capsys, script, spoil, naming):
 
 
 ORDERED = "".join(f"{name}\n" for name in IDS).encode()
-GOOD_LISTS = {"Windows' line ends": ORDERED.replace(b"\n", b"\r\n"), "blank lines": b"\n" + ORDERED.replace(b"\n", b"\n\n"),
+GOOD_LISTS = {"Windows' line ends": ORDERED.replace(b"\n", b"\r\n"),
+              "blank lines": b"\n" + ORDERED.replace(b"\n", b"\n\n"),
               "trailing blanks": ORDERED.replace(b"\n", b"  \t\n"), "leading blanks": b"  " + ORDERED,
               "no last line end": ORDERED[:-1],
-              "repetitions": ORDERED * 2, "another order": b"".join(reversed(ORDERED.splitlines(keepends=True))),
-              "a second column": ORDERED.replace(b"\n", b" 1\n"), "a byte-order mark": b"\xef\xbb\xbf" + ORDERED}
+              "repetitions": ORDERED * 2,
+              "another order": b"".join(reversed(ORDERED.splitlines(keepends=True))),
+              "a second column": ORDERED.replace(b"\n", b" 1\n"),
+              "a byte-order mark": b"\xef\xbb\xbf" + ORDERED}
 
 
 @pytest.mark.slow
@@ -840,11 +922,14 @@ def cut_label(share: float):
 
 BAD_LABELS = {
     "zero bytes": label_of(b""), "text": label_of(b"no picture"), "cut at 30 %": label_of(cut_label(0.3)),
-    "cut at 80 %": label_of(cut_label(0.8)), "a JPEG": label_of(lambda: encoded("jpg")), "colours": label_of(photo()),
-    "colours with alpha": label_of(photo().convert("RGBA")), "16 bits": label_of(Image.fromarray(VALUES.astype(np.uint16))),
+    "cut at 80 %": label_of(cut_label(0.8)), "a JPEG": label_of(lambda: encoded("jpg")),
+    "colours": label_of(photo()),
+    "colours with alpha": label_of(photo().convert("RGBA")),
+    "16 bits": label_of(Image.fromarray(VALUES.astype(np.uint16))),
     "turned": label_of(VALUES.T), "a row too many": label_of(np.vstack([VALUES, VALUES[:1]])),
     "one pixel": label_of(VALUES[:1, :1]),
-    "an unknown value": label_of(np.where(VALUES == 15, 21, VALUES)), "254": label_of(np.where(VALUES == 15, 254, VALUES)),
+    "an unknown value": label_of(np.where(VALUES == 15, 21, VALUES)),
+    "254": label_of(np.where(VALUES == 15, 254, VALUES)),
     "grey values of a photo": label_of(np.asarray(photo().convert("L"))), "a folder": folder_for_file(LABEL)}
 
 
@@ -899,7 +984,8 @@ def labels_of_more_classes() -> None:
 
 
 BAD_LABEL_FOLDERS = {
-    "missing": ("nowhere", nothing), "empty": ("empty", empty_folder), "a file": ("names.txt", nothing), "": ("", nothing),
+    "missing": ("nowhere", nothing), "empty": ("empty", empty_folder), "a file": ("names.txt", nothing),
+    "": ("", nothing),
     "below a file": ("names.txt/labels", nothing), "wrong names": ("wrong", labels_of_wrong_names),
     "suffixes in capitals": ("wrong", labels_in_capitals), "JPEG": ("wrong", labels_as_jpeg),
     "a class too many": ("wrong", labels_of_more_classes), "the photos themselves": ("photos", nothing)}
@@ -928,10 +1014,10 @@ def truncated(share: float):
 def flipped(path: Path) -> None:
     """One bit in the middle of the largest tensor of the file."""
     content = torch.load(path, weights_only=True)
-    tensors = [content] if isinstance(content, torch.Tensor) else (content.get("weights") or content).values()
+    tensors = [content] if isinstance(content, torch.Tensor) else content["weights"].values()
     largest = max((tensor for tensor in tensors if tensor.is_floating_point()), key=torch.Tensor.numel)
     numbers, file = largest.numpy().tobytes(), bytearray(path.read_bytes())
-    file[file.index(numbers) + len(numbers) // 2 | 3] ^= 0x20                   # of an exponent: a change that matters
+    file[file.index(numbers) + len(numbers) // 2 | 3] ^= 0x20  # of an exponent: a change that matters
     path.write_bytes(file)
 
 
@@ -982,19 +1068,25 @@ def folder_for(path: Path) -> None:
     path.mkdir()
 
 
-BAD_FILES = {"empty": lambda path: path.write_bytes(b""), "text": lambda path: path.write_text("no checkpoint\n"),
+BAD_FILES = {"empty": lambda path: path.write_bytes(b""),
+             "text": lambda path: path.write_text("no checkpoint\n"),
              "JSON": lambda path: path.write_text('{"stage": "rectify"}'),
              "zeros": lambda path: path.write_bytes(bytes(5000)),
              **{f"cut at {round(100 * share)} %": truncated(share) for share in (0.01, 0.3, 0.6, 0.99)},
-             "without its last byte": lambda path: path.write_bytes(path.read_bytes()[:-1]), "one wrong bit": flipped,
+             "without its last byte": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+             "one wrong bit": flipped,
              "code": code, "a folder": folder_for}
 BAD_CHECKPOINTS = {
-    **BAD_FILES, "a list": changed(lambda content: [1, 2]), "a tensor": changed(lambda content: torch.ones(3)),
-    "an empty dict": changed(lambda content: {}), "another stage's": put("toyland", "stage"), "no stage": remove("stage"),
-    "no weights": remove("weights"), "no settings": remove("settings"), "no world": remove("settings", "world"),
-    "no recipe": remove("settings", "recipe"), "no words": remove("settings", "world", "synonyms"),
-    "words that are none": put(7, "settings", "world", "synonyms"), "settings that are none": put("text", "settings"),
-    "a recipe that is none": put([1, 2], "settings", "recipe"), "weights that are none": put([1, 2], "weights"),
+    **BAD_FILES, "a list": changed(lambda content: [1, 2]),
+    "a tensor": changed(lambda content: torch.ones(3)),
+    "an empty dict": changed(lambda content: {}), "another stage's": put("toyland", "stage"),
+    "no stage": remove("stage"),
+    "no weights": remove("weights"), "no settings": remove("settings"),
+    "settings that are none": put("text", "settings"),
+    **{f"no {name}": remove("settings", name) for name in runs.SETTINGS},
+    **{f"{name} that is none": put([1, 2] if kind is dict else "text" if kind is int else 7, "settings", name)
+       for name, kind in runs.SETTINGS.items()},
+    "weights that are none": put([1, 2], "weights"),
     "a weight that is none": first_weight(lambda tensor: "text"), "a weight less": changed(first_weight_gone),
     "a weight more": put(torch.ones(3), "weights", "surplus"),
     "a weight of another shape": first_weight(lambda tensor: torch.ones(2, 2)),
@@ -1009,7 +1101,8 @@ OF_RECIPE = {"rectify": {"a number of the recipe missing": remove("settings", "r
                          "another backbone": put("nonsense", "settings", "recipe", "backbone")}}
 
 
-@pytest.mark.parametrize("script, spoil", cases(BAD_CHECKPOINTS | OF_RECIPE["rectify"], "distill", "evaluate", "segment",
+@pytest.mark.parametrize("script, spoil",
+                         cases(BAD_CHECKPOINTS | OF_RECIPE["rectify"], "distill", "evaluate", "segment",
                                                 slow=["evaluate", "segment"]))
 def test_bad_rectification_is_named(place, capsys, script, spoil):
     """By every script that would continue from it. What code is in it is not run."""
@@ -1043,17 +1136,20 @@ def momentum_of_other_shapes(optimizer: dict) -> None:
 
 
 BAD_RESUMES = {
-    **BAD_CHECKPOINTS, "no optimiser": remove("optimizer"), "an optimiser that is none": put("text", "optimizer"),
+    **BAD_CHECKPOINTS, "no optimiser": remove("optimizer"),
+    "an optimiser that is none": put("text", "optimizer"),
     "no groups in the optimiser": of_optimizer(lambda optimizer: optimizer.pop("param_groups")),
     "momentum of other shapes": of_optimizer(momentum_of_other_shapes), "no step": remove("step"),
     "a step that is none": put("text", "step"), "a negative step": put(-1, "step"),
-    "a step behind the end": put(10 ** 6, "step")}
+    "a step behind the end": put(10 ** 6, "step"), "no log": remove("log"),
+    "a log that is none": put(7, "log")}
 
 
 @pytest.mark.parametrize("script, spoil", cases(BAD_RESUMES, "rectify", "distill", slow=["distill"]))
 def test_bad_resume_is_named(place, capsys, script, spoil):
-    """--resume goes on from what is whole and fits, or not at all: an earlier checkpoint is not overwritten."""
-    path = Path("unfinished/photos", script.__name__, "unfinished/resume.pt")
+    """--resume goes on from what is whole and fits, or not at all: an earlier checkpoint is not
+    overwritten."""
+    path = Path("unfinished/photos", script.__name__, "unfinished/state.pt")
     spoil(path)
     refused(capsys, place, script, [*PHOTOS, "--out", "unfinished", "--resume"], path)
     assert not Path("executed").exists()
@@ -1061,7 +1157,8 @@ def test_bad_resume_is_named(place, capsys, script, spoil):
 
 @pytest.mark.parametrize("script", [rectify, distill], ids=lambda script: script.__name__)
 def test_unspoilt_run_resumes(place, script):
-    """What the cases above spoil is whole before: it ends with the weights of the run that nothing stopped."""
+    """What the cases above spoil is whole before: it ends with the weights of the run that nothing
+    stopped."""
     command(place, script, [*PHOTOS, "--out", "unfinished", "--resume"])
     assert same_weights(weights_of(script.__name__, "unfinished/photos"), weights_of(script.__name__))
 
@@ -1073,35 +1170,40 @@ BAD_LOGS = {"empty": b"", "noise": b"\xff\x80\x00\n", "half a line": b'{"step": 
 
 @pytest.mark.parametrize("content", cases(BAD_LOGS))
 def test_log_that_cannot_be_read_hinders_no_resume(place, content):
-    """It is for people: what is no line of a log is dropped, and the run goes on."""
+    """It is for people, and state.pt has its lines too: the run goes on, and its log is whole again."""
     Path("unfinished/photos/rectify/unfinished/log.jsonl").write_bytes(content)
     command(place, rectify, [*PHOTOS, "--out", "unfinished", "--resume"])
     assert same_weights(weights_of("rectify", "unfinished/photos"), weights_of("rectify"))
+    logs = [Path(out, "photos/rectify/log.jsonl").read_text().splitlines() for out in ("unfinished", "runs")]
+    ours, expected = ([json.loads(line) for line in log] for log in logs)
+    assert len(ours) == len(expected)
+    assert all(one[key] == other[key] for one, other in zip(ours, expected) for key in ("step", "loss", "rate"))
 
 
 # ------------------------------------------------------------------------------------------ caches
 
 BAD_CACHES = {
     **{name: spoil for name, spoil in BAD_FILES.items() if name != "a folder"},
-    "another shape": changed(lambda content: torch.ones(2, 2) if isinstance(content, torch.Tensor)
-                             else {name: torch.ones(2) for name in content}),
-    "a list": changed(lambda content: [1, 2]), "an empty dict": changed(lambda content: {}),
-    "NaN": changed(lambda content: content * torch.nan if isinstance(content, torch.Tensor)
-                   else {name: tensor * torch.nan for name, tensor in content.items()})}
+    "another shape": changed(lambda content: torch.ones(2, 2)), "a list": changed(lambda content: [1, 2]),
+    "an empty dict": changed(lambda content: {}), "a row less": changed(lambda content: content[1:]),
+    "NaN": changed(lambda content: content * torch.nan), "infinity": changed(lambda content: content / 0)}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["query", "hypotheses"])
-@pytest.mark.parametrize("script, spoil", cases(BAD_CACHES, "rectify", "distill", slow=["distill"]))
+@pytest.mark.parametrize("script, spoil, kind", [
+    pytest.param(*case.values, kind, id=f"{case.id}, {kind}", marks=case.marks)
+    for case in cases(BAD_CACHES, "rectify", "distill", slow=["distill"])
+    for kind in ("query", "votes", "features")
+    if kind != "features" or case.values[0] is rectify])
 def test_bad_cache_is_made_again(place, script, spoil, kind):
     """The weights are those of a run with a good one, and the file is what it was."""
-    [path] = Path("runs/photos/cache").glob(f"{kind}-*.pt")
-    expected, before = weights_of(script.__name__), torch.load(path, weights_only=True)
+    out, flags = ("stored", STORED) if kind == "features" else ("runs", PHOTOS)
+    [path] = Path(out, "photos/cache").glob(f"{kind}-*.pt")
+    expected, before = weights_of(script.__name__, f"{out}/photos"), torch.load(path, weights_only=True)
     spoil(path)
-    command(place, script, PHOTOS)
-    assert same_weights(weights_of(script.__name__), expected)
-    after = torch.load(path, weights_only=True)
-    assert torch.equal(after, before) if kind == "query" else same_weights(after, before)
+    command(place, script, flags)
+    assert same_weights(weights_of(script.__name__, f"{out}/photos"), expected)
+    assert torch.equal(torch.load(path, weights_only=True), before)
     assert not Path("executed").exists()
 
 
@@ -1146,7 +1248,8 @@ def set_key(name: str, change):
 
 BAD_CLIPS = {
     "empty": clip_bytes(b""), "text": clip_bytes(b"no weights"), "a web page": clip_bytes(b"<!DOCTYPE html>"),
-    **{f"archive cut at {round(100 * share)} %": clip_cut(share) for share in (0.01, 0.5, 0.99)}, "code": clip_code,
+    **{f"archive cut at {round(100 * share)} %": clip_cut(share) for share in (0.01, 0.5, 0.99)},
+    "code": clip_code,
     "a list": clip_file(lambda state: [1, 2]), "an empty dict": clip_file(lambda state: {}),
     "a ResNet": clip_file(lambda state: {"visual.layer1.0.conv1.weight": torch.ones(2, 2, 1, 1)}),
     "names of another program": clip_file(renamed), "a key less": clip_without("ln_final.bias"),
@@ -1175,7 +1278,9 @@ def test_bad_clip_is_named(place, capsys, script, spoil):
 
 
 @pytest.mark.parametrize("script", ["rectify", "segment"])
-@pytest.mark.parametrize("name", ["nowhere.pt", "ViT-B/17", "vit-b/16", "RN50", "RN50x64", "", "photos", "nowhere/clip.pt",
+@pytest.mark.parametrize("name",
+                         ["nowhere.pt", "ViT-B/17", "vit-b/16", "RN50", "RN50x64", "", "photos",
+                          "nowhere/clip.pt",
                                   "names.txt/clip.pt", "x" * 300])
 def test_clip_that_is_not_there_is_named(place, capsys, script, name):
     flags = {"segment": SEGMENT[:3]}.get(script, ["--data", "voc"])
@@ -1185,7 +1290,7 @@ def test_clip_that_is_not_there_is_named(place, capsys, script, name):
 @pytest.mark.parametrize("change", cases({
     "under state_dict": lambda state: {"state_dict": state, "epoch": 3}, "of a parallel training":
     lambda state: {f"module.{name}": tensor for name, tensor in state.items()},
-    "in half precision": lambda state: {name: tensor.half().float().half() for name, tensor in state.items()}}))
+    "in half precision": lambda state: {name: t.half().float().half() for name, t in state.items()}}))
 def test_clip_in_another_wrapping_works(place, change):
     state = openai_state(**SMALLEST)
     torch.save(change(state), "my clip.pt")
@@ -1193,7 +1298,7 @@ def test_clip_in_another_wrapping_works(place, change):
     assert index_of().shape == (40, 56)
 
 
-# ------------------------------------------------------------------------------------------ --out and what lies there
+# ---------------------------------------------------------------------------------- --out and what lies there
 
 REPRODUCE = ["stages", *VOC, "--seeds", "1", "--jobs", "1"]
 OUT_RUNS = {"rectify": [*PHOTOS], "distill": [*PHOTOS], "evaluate": [*VOC], "segment": SEGMENT[:-2],
@@ -1233,14 +1338,20 @@ def file_at(name: str):
 
 
 IN_THE_WAY = {
-    "photos": file_at("photos"), "photos/rectify": file_at("photos/rectify"), "photos/cache": file_at("photos/cache"),
+    **{name: file_at(name)
+       for name in ("photos", "photos/rectify", "photos/cache", "photos/rectify/unfinished")},
     **{f"photos/rectify/{name}": folder_at(f"photos/rectify/{name}")
-       for name in ("recipe.json", "log.jsonl", "checkpoint.pt", "metrics.json", "preview.png", "unfinished/resume.pt")}}
+       for name in ("recipe.json", "log.jsonl", "checkpoint.pt", "metrics.json", "preview.png",
+                    "unfinished/state.pt",
+                    "unfinished/recipe.json", "unfinished/log.jsonl", "unfinished/checkpoint.pt",
+                    "unfinished/lock")}}
 
 
-@pytest.mark.parametrize("name, spoil", [pytest.param(name, spoil, id=name) for name, spoil in IN_THE_WAY.items()])
+@pytest.mark.parametrize("name, spoil",
+                         [pytest.param(name, spoil, id=name) for name, spoil in IN_THE_WAY.items()])
 def test_what_lies_in_the_way_of_a_training_is_named(place, capsys, name, spoil):
-    """A file where a folder should be, a folder where a file should be: seen before anything is trained or written."""
+    """A file where a folder should be, a folder where a file should be: seen before anything is trained or
+    written."""
     spoil()
     said = refused(capsys, place, rectify, [*PHOTOS, "--out", "fresh"], f"fresh/{name}")
     assert ".part" not in said, said                        # the file that was meant, not its temporary name
@@ -1256,7 +1367,8 @@ def test_what_lies_in_the_way_of_a_training_is_named(place, capsys, name, spoil)
     pytest.param(reproduce, REPRODUCE, "reproduce", file_at, id="reproduce: the folder"),
     pytest.param(reproduce, REPRODUCE, "reproduce/voc/reclip++", file_at, id="reproduce: a system's folder"),
     pytest.param(reproduce, REPRODUCE, "reproduce/voc/results.md", folder_at, id="reproduce: results.md"),
-    pytest.param(reproduce, REPRODUCE, "reproduce/voc/results.json", folder_at, id="reproduce: results.json")])
+    pytest.param(reproduce, REPRODUCE, "reproduce/voc/results.json", folder_at,
+                 id="reproduce: results.json")])
 def test_what_lies_in_the_way_of_results_is_named(place, capsys, script, flags, name, spoil):
     """All of a script's files are written or none."""
     spoil(name)()
@@ -1264,8 +1376,10 @@ def test_what_lies_in_the_way_of_results_is_named(place, capsys, script, flags, 
     assert ".part" not in said, said
 
 
-BAD_METRICS = {"empty": b"", "text": b"no JSON", "cut": b'{"vanilla": {"miou": 1.', "a list": b"[]", "no stage": b"{}",
-               "no miou": b'{"vanilla": {}, "maskclip": {}, "rectify": {}, "distill": {}}', "noise": b"\xff\x80"}
+BAD_METRICS = {"empty": b"", "text": b"no JSON", "cut": b'{"vanilla": {"miou": 1.', "a list": b"[]",
+               "no stage": b"{}",
+               "no miou": b'{"vanilla": {}, "maskclip": {}, "rectify": {}, "distill": {}}',
+               "noise": b"\xff\x80"}
 
 
 @pytest.mark.slow
@@ -1288,7 +1402,7 @@ def test_bad_metrics_of_a_seed_are_measured_again(place, content):
 # ------------------------------------------------------------------------------------------ Toyland's folder
 
 def scenes_drawn() -> None:
-    toyland.draw_dataset(Path("data"))
+    world.draw_dataset(Path("data"))
 
 
 def spoilt_scene(split: str, content):
@@ -1301,34 +1415,39 @@ def spoilt_scene(split: str, content):
 
 BAD_SCENES = {
     f"{split} {name}": (split, change) for split in ("train", "val") for name, change in (
-        ("empty", lambda _: b""), ("text", lambda _: b"no picture"), ("cut", lambda whole: whole[:len(whole) // 2]),
-        ("of another size", lambda _: png(1, 1, 8, 0, b"\0\0"))) if (split, name) != ("train", "of another size")}
+        ("empty", lambda _: b""), ("text", lambda _: b"no picture"),
+        ("cut", lambda whole: whole[:len(whole) // 2]),
+        ("of another size", lambda _: png(1, 1, 8, 0, b"\0\0")))
+    if (split, name) != ("train", "of another size")}
 
 
 @pytest.mark.parametrize("split, content", cases(BAD_SCENES))
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["rectify", "toyland"])
+@pytest.mark.parametrize("script", ["rectify", "world"])
 def test_bad_scene_is_drawn_again_or_named(place, capsys, script, split, content):
-    """A scene is a function of its number: it is drawn again, or the run is refused; no riddle, no other picture."""
+    """A scene is a function of its number: it is drawn again, or the run is refused; no riddle, no other
+    picture."""
     spoilt_scene(split, content)()
     path = Path("data/toyland/images", split, "0001.png")
     before = path.read_bytes()
     try:
-        with runs.errors_in_one_paragraph():
-            command(place, SCRIPTS[script], ["--out", "fresh", "--epochs", "1"] if script == "rectify" else [])
+        with errors.one_paragraph():
+            command(place, SCRIPTS[script],
+                    ["--out", "fresh", "--epochs", "1"] if script == "rectify" else [])
     except SystemExit as end:
         said = capsys.readouterr().err
         assert end.code == 2 and str(path) in said and "expected" in said, said
     else:
-        if path.read_bytes() == before:                         # then it must not have been looked at as a scene
-            assert script == "toyland" and split == "train"
+        if path.read_bytes() == before:  # then it must not have been looked at as a scene
+            assert script == "world" and split == "train"
         else:
             with Image.open(path) as scene:
-                assert np.array_equal(np.asarray(scene), toyland.scene(split, 1)[0])
+                assert np.array_equal(np.asarray(scene), world.scene(split, 1)[0])
 
 
 @pytest.mark.parametrize("root, spoil", cases({
-    "a file": ("names.txt", nothing), "below a file": ("names.txt/data", nothing), "a long name": ("x" * 300, nothing),
+    "a file": ("names.txt", nothing), "below a file": ("names.txt/data", nothing),
+    "a long name": ("x" * 300, nothing),
     "toyland is a file": ("own", lambda: (Path("own").mkdir(), Path("own/toyland").write_text("in the way"))),
     "images is a file": ("own", lambda: (Path("own/toyland").mkdir(parents=True),
                                          Path("own/toyland/images").write_text("in the way"))),
@@ -1338,5 +1457,5 @@ def test_root_that_toyland_cannot_be_drawn_to_is_refused(place, capsys, root, sp
     new = [f"own/toyland/{kind}/{split}/{number:04d}.png"
            for kind, splits in (("images", ("train", "val")), ("labels", ("val",)))
            for split in splits for number in range(2)]          # whole scenes are kept for the next time
-    said = refused(capsys, place, toyland, ["--root", root], root, new=new)
+    said = refused(capsys, place, world, ["--root", root], root, new=new)
     assert ".part" not in said, said

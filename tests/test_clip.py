@@ -22,6 +22,8 @@ open_clip = pytest.importorskip("open_clip")
 
 VIT_B_16 = dict(width=768, layers=12, patch=16, resolution=224, embed_dim=512, text_width=512, text_layers=12)
 SIZES = [pytest.param(TINY, id="tiny"), pytest.param(VIT_B_16, id="ViT-B/16", marks=pytest.mark.slow)]
+MODELS = [pytest.param(TINY, "quickgelu", id="tiny"), pytest.param(TINY, "gelu", id="tiny, exact GELU"),
+          pytest.param(VIT_B_16, "quickgelu", id="ViT-B/16", marks=pytest.mark.slow)]
 START, END = 49406, 49407
 SENTENCES = ["a photo of a cat", "a photo of the chest of drawers, seen from above!", "", "ein Förderband ☃",
              "word " * 75]                                                  # the last one fills all 77 places
@@ -91,8 +93,7 @@ def random_images(count: int, height: int, width: int) -> torch.Tensor:
 # ------------------------------------------------------------------------- what OpenAI's CLIP does, unchanged
 
 @torch.no_grad()
-@pytest.mark.parametrize("activation", clip.ACTIVATIONS)
-@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("sizes, activation", MODELS)
 def test_features_equal_open_clip(sizes, activation, tmp_path):
     """encode_image and encode_text give open_clip's vectors with the weights that open_clip saved."""
     theirs = open_clip_model(**sizes, activation=activation)
@@ -104,9 +105,8 @@ def test_features_equal_open_clip(sizes, activation, tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("activation", clip.ACTIVATIONS)
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
-@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("sizes, activation", MODELS)
 def test_features_equal_hugging_face(sizes, file, activation, tmp_path):
     """encode_image and encode_text give transformers' vectors, from its folder and from its old .bin."""
     theirs = hugging_face_model(**sizes, activation=activation)
