@@ -337,6 +337,8 @@ def open_setup(args: argparse.Namespace, checkpoint: dict | None = None,
         vocabulary = words.vocabulary_of(name, tuple(tuple(names) for names in known["synonyms"]))
     if vocabulary is None:
         vocabulary = words.vocabulary(name, args.classes)
+    if foreign := [name for name in vocabulary.names if not name.isascii()]:
+        print(f"CLIP learned from English captions: it may not know {', '.join(foreign[:3])}.")
     device, root = machine.device_of(args.device), args.root or known.get("root", "data")
     clip_name = args.clip or known.get("clip_name", "toyland" if name == "toyland" else "ViT-B/16")
     if args.download:

@@ -39,6 +39,7 @@ if __name__ == "__main__":
 import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -59,9 +60,10 @@ from toyland import networks
 class Recipe:
     """Every number of stage 2. The defaults are those of VOC, with their sources; RECIPES says what
     differs."""
-    backbone: str = "resnet50"              # [code] ImageNet initialisation
+    backbone: Literal["small", "resnet50", "resnet101"] = "resnet50"    # [code] ImageNet initialisation
     feature_weight: float = 0.5             # [paper] α
     text_weight: float = 0.5                # [paper] β
+    losses_at: Literal["grid", "image"] = "grid"    # Eq. 8, 9 at the student's grid [ours: memory] or [paper]
     short_side: int = 512                   # [code] pixels
     crop: tuple[int, int] = (512, 512)      # [code] height, width
     scale: tuple[float, float] = (0.5, 2.0)   # [code]
@@ -200,7 +202,7 @@ def feature_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
     takes twice 16 × 512 × 512 × 512 numbers, 17 GB; we resize the teacher's (bilinear) to the student's grid.
     The gradient reaches the student: the released code detaches it, so that this loss trained nothing.
     """
-    return F.l1_loss(student_features, at_grid(teacher_features, student_features))
+    return F.l1_loss(student_features, resized(teacher_features, student_features.shape[-2:]))
 
 
 def text_loss(student_features: Tensor, student_masks: Tensor, query: Tensor, hypothesis: Tensor,
@@ -216,11 +218,11 @@ def total_loss(mask: Tensor, feature: Tensor, text: Tensor, alpha: float, beta: 
     return mask + alpha * feature + beta * text
 
 
-def at_grid(maps: Tensor, like: Tensor) -> Tensor:
-    """(B, K, h', w') resized, bilinear, to the grid of `like` (B, ·, h, w)."""
-    if maps.shape[-2:] == like.shape[-2:]:
+def resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, K, h', w') resized, bilinear, to a grid (h, w)."""
+    if maps.shape[-2:] == tuple(size):
         return maps
-    return F.interpolate(maps, size=like.shape[-2:], mode="bilinear", align_corners=False)
+    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
 
 # ------------------------------------------------------------------------------------------ training
@@ -244,16 +246,16 @@ def train_step(student: Student, teacher_features: Tensor, teacher_logits: Tenso
     order."""
     features = student.network(images)                                              # Ẑ (B, D, h, w)
     logits = student.head(features)                                                 # M^D (B, C, h, w)
-    pseudo_label = at_grid(teacher_logits, logits).argmax(dim=1)                    # (B, h, w)
     uniform = torch.rand(logits.shape, generator=noise, device=logits.device)
-    masks = rectified_masks(logits, teacher_recipe.mask_scale, uniform)          # (B, C, h, w)          Eq. 5
-    hypothesis = multi_label_hypothesis(votes, teacher_recipe.vote_threshold)    # H (B, C)              Eq. 6
+    masks = rectified_masks(logits, teacher_recipe.mask_scale, uniform)             # (B, C, h, w)       Eq. 5
+    hypothesis = multi_label_hypothesis(votes, teacher_recipe.vote_threshold)       # H (B, C)           Eq. 6
+    size = images.shape[-2:] if recipe.losses_at == "image" else logits.shape[-2:]
+    pseudo_label = resized(teacher_logits, size).argmax(dim=1)                      # (B, *size)
 
-    mask = mask_loss(logits, pseudo_label)                                       # L_mask                Eq. 8
-    feature = feature_loss(features, teacher_features)                           # L_feat                Eq. 9
-    # L_text
-    text = text_loss(features, masks, student.head.query, hypothesis, teacher_recipe.loss_scale, loss)
-    total = total_loss(mask, feature, text, recipe.feature_weight, recipe.text_weight)  #               Eq. 10
+    mask = mask_loss(resized(logits, size), pseudo_label)                           # L_mask             Eq. 8
+    feature = feature_loss(resized(features, size), teacher_features)               # L_feat             Eq. 9
+    text = text_loss(features, masks, student.head.query, hypothesis, teacher_recipe.loss_scale, loss)   # L_text
+    total = total_loss(mask, feature, text, recipe.feature_weight, recipe.text_weight)  #                Eq. 10
     return {"loss": total, "mask": mask, "feature": feature, "text": text}
 
 
@@ -287,10 +289,13 @@ def build_student(setup: data.Setup, rectifier: Rectifier, query: Tensor, recipe
     return Student(recipe.backbone, head, pretrained).to(setup.device)
 
 
+SETTINGS = runs.SETTINGS | {"teacher": int, "teacher_recipe": dict}         # what a student's checkpoint knows
+
+
 def load_student(setup: data.Setup, query: Tensor, system: System) -> tuple[Recipe, Student]:
     """The trained student and its recipe, in eval mode. It holds all it needs: CLIP's image tower is not
     run."""
-    checkpoint = runs.load(setup.folder("distill") / "checkpoint.pt", "distill")
+    checkpoint = runs.load(setup.folder("distill") / "checkpoint.pt", "distill", SETTINGS)
     setup.refuse_misfit(checkpoint)
     runs.refuse_other_system(checkpoint, system.name)
     recipe, of_teacher = (runs.recipe_in(checkpoint, kind, key)

@@ -185,7 +185,7 @@ def existing_stages(setup: data.Setup) -> list[str]:
     stages = ["vanilla", "maskclip"] + (["rectify"] if teacher.exists() else [])
     if not student.exists():
         return stages
-    checkpoint = runs.load(student, "distill")
+    checkpoint = runs.load(student, "distill", distill.SETTINGS)
     other = list(setup.misfits(checkpoint))
     if not other and teacher.exists() and checkpoint["settings"].get("teacher") != \
             distill.teacher_number(runs.load(teacher, "rectify")):
@@ -267,10 +267,10 @@ class LabelledImages(torch.utils.data.Dataset):
     """`(id, image (3, h, w), true_label (H, W) int64)` of the images that have a label, which keeps its own
     size."""
 
-    def __init__(self, images: dict[str, Path], labels: dict[str, Path], table, short_side: int,
-                 multiple: int = 1):
+    def __init__(self, images: dict[str, Path], labels: dict[str, Path], read_label: ground_truth.LabelReader,
+                 short_side: int, multiple: int = 1):
         self.items = [(name, images[name], labels[name]) for name in images if name in labels]
-        self.table, self.short_side, self.multiple = table, short_side, multiple
+        self.read_label, self.short_side, self.multiple = read_label, short_side, multiple
 
     def __len__(self) -> int:
         return len(self.items)
@@ -278,7 +278,7 @@ class LabelledImages(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> tuple[str, Tensor, Tensor]:
         name, image_path, label_path = self.items[index]
         image = image_files.read_image(image_path)
-        label = ground_truth.read_label(label_path, self.table, size=(image.height, image.width))
+        label = self.read_label(label_path, size=(image.height, image.width))
         image = data.short_side_to(image, self.short_side, self.multiple)
         return name, data.to_tensor(image), torch.from_numpy(label)
 
@@ -291,11 +291,11 @@ def predictions(setup: data.Setup, found: dict[str, Predictor], labels: dict[str
     An image comes once for all stages of one short side, so twice where the student has another than CLIP.
     """
     ground_truth.refuse_other_classes(setup.data, setup.vocabulary.names)
-    table = ground_truth.lookup_table(setup.data, len(setup.vocabulary))
+    read_label = ground_truth.LabelReader(setup.data, len(setup.vocabulary))
     for short_side in sorted({predictor.short_side for predictor in found.values()}):
         of_size = {stage: predictor for stage, predictor in found.items()
                    if predictor.short_side == short_side}
-        dataset = LabelledImages(setup.validation_images, labels, table, short_side,
+        dataset = LabelledImages(setup.validation_images, labels, read_label, short_side,
                                  setup.clip_model.visual.patch_size)
         loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=setup.workers)
         for _, image, true_label in tqdm(loader, desc="evaluating", unit="image"):
@@ -332,6 +332,7 @@ def fingerprint(setup: data.Setup, stage: str, predictor: Predictor, images: int
     """What a stage's numbers depend on besides the code."""
     checkpoint = setup.folder(stage) / "checkpoint.pt"
     return {"stage": stage, "system": predictor.system, "data": setup.data, "images": images,
+            "of": len(setup.validation_images),
             "classes": setup.vocabulary.names, "short_side": predictor.short_side,
             "precision": setup.precision, "clip": setup.fingerprint, "dense_path": stage_1_recipe(setup).dense_path,
             "weights": sha256(checkpoint)[:16] if checkpoint.exists() else None}
@@ -364,7 +365,8 @@ def print_table(metrics: dict, per_class: bool = False) -> None:
     prints = [found["fingerprint"] for found in metrics.values()]
     sides = " and ".join(map(str, sorted({one["short_side"] for one in prints})))
     smoothing = prints[0]["refinements"].get("key_smoothing")
-    print(f"\n{prints[0]['data']}: {prints[0]['images']} images, {len(prints[0]['classes'])} classes, short "
+    part = f" of {prints[0]['of']}" if prints[0]["of"] != prints[0]["images"] else ""
+    print(f"\n{prints[0]['data']}: {prints[0]['images']}{part} images, {len(prints[0]['classes'])} classes, short "
           f"side {sides}, prompt denoising {prints[0]['refinements']['prompt_denoising'] or 'off'}, "
           + (f"key smoothing {smoothing}, " if smoothing else "") + prints[0]["precision"])
     titles = {stage: title(stage, one["system"]) for stage, one in zip(metrics, prints)}
@@ -397,7 +399,7 @@ def picture_sheet(setup: data.Setup, columns: dict[str, Predictor], labels: dict
     if known; below, a legend."""
     images, palette = setup.validation_images, setup.vocabulary.palette
     patch = setup.clip_model.visual.patch_size
-    table = ground_truth.lookup_table(setup.data, len(setup.vocabulary)) if labels else None
+    read_label = ground_truth.LabelReader(setup.data, len(setup.vocabulary))
     strips = []
     for name in list(images)[::max(1, len(images) // rows)][:rows]:
         image = image_files.read_image(images[name])
@@ -411,7 +413,7 @@ def picture_sheet(setup: data.Setup, columns: dict[str, Predictor], labels: dict
         if labels:
             truth = np.full(size, IGNORE)
             if name in labels:
-                truth = ground_truth.read_label(labels[name], table, size)
+                truth = read_label(labels[name], size)
             tiles.append(colour(torch.from_numpy(truth), palette))
         strips.append(tiles)
     page = sheet(strips, ["image", *columns, *(["truth"] if labels else [])], setup.vocabulary, height)
@@ -487,6 +489,11 @@ def main(args: argparse.Namespace, system: distill.System = ReCLIPpp) -> dict:
         raise ValueError(f"{setup.data}: expected labels of its validation images to measure against, found "
                          "none. For a folder of your own pass --labels DIR; to see results without labels "
                          "use segment.py.")
+    if is_folder(setup.data):
+        ground_truth.refuse_binary_masks(labels, len(setup.vocabulary))
+        if turned := image_files.turned(setup.validation_images):
+            print(f"{turned} of {len(setup.validation_images)} photographs are turned by their EXIF orientation. Labels "
+                  "are taken as upright, as a viewer shows the photograph.")
     for stage in ("rectify", "distill"):
         if not (setup.folder(stage) / "checkpoint.pt").exists():
             print(f"No checkpoint of {stage} in {setup.folder(stage)}: left out. Make it with: python "

@@ -37,6 +37,7 @@ if __name__ == "__main__":
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +57,7 @@ from harness import machine, runs
 class Recipe:
     """Every number of stage 1. The defaults are those of VOC, with their sources; RECIPES says what
     differs."""
-    dense_path: str = "residual"            # [code] the way through CLIP's last block (see CLIP.encode_dense)
+    dense_path: Literal["value", "residual", "vanilla"] = "residual"     # [code] see CLIP.encode_dense
     prompt_length: int = 73                 # [paper] 77 = start + 73 + two name tokens + end
     window_ratio: float = 1 / 6             # [paper] r of Eq. 6
     vote_threshold: float = 0.07            # [paper] t of Eq. 6

@@ -55,7 +55,7 @@ import data
 import evaluate
 import rectify
 from datasets import IGNORE, words as class_lists
-from datasets.images import read_image
+from datasets.images import open_image, see_through, to_rgb
 from harness import files, machine, runs
 
 # ------------------------------------------------------------------------------------------ background
@@ -160,18 +160,20 @@ class Segmenter:
 
     @torch.no_grad()
     def __call__(self, image: Image.Image | list[Image.Image]) -> np.ndarray | list[np.ndarray]:
-        """A PIL image of any size and mode → (H, W) uint8."""
+        """A PIL image of any size and mode → (H, W) uint8. What is transparent is background."""
         if isinstance(image, list):
             return [self(one) for one in image]
         setup, predictor = self.setup, self.found[self.stage]
-        small = data.short_side_to(image.convert("RGB"), predictor.short_side,
-                                   setup.clip_model.visual.patch_size)
+        small = data.short_side_to(to_rgb(image), predictor.short_side, setup.clip_model.visual.patch_size)
         with machine.autocast(setup.device, setup.precision):
-            logits = evaluate.logits_of_all(setup, self.found,
-                                            data.to_tensor(small)[None].to(setup.device))[self.stage]
-        return segment(logits, (image.height, image.width), len(self.names),
-                       evaluate.DENOISING_SCALE[self.stage],
-                       self.threshold).cpu().numpy()
+            seen = data.to_tensor(small)[None].to(setup.device)
+            logits = evaluate.logits_of_all(setup, self.found, seen)[self.stage]
+        scale = evaluate.DENOISING_SCALE[self.stage]
+        size = (image.height, image.width)
+        classes = segment(logits, size, len(self.names), scale, self.threshold).cpu().numpy()
+        if (hidden := see_through(image)) is not None:
+            classes[hidden] = IGNORE
+        return classes
 
     def export(self, path: str | Path) -> Path:
         """Write the distilled student, without CLIP, as a .pt2 (torch.export) or .onnx file. It takes (1, 3,
@@ -268,7 +270,7 @@ def with_background(vocabulary: class_lists.Vocabulary, further: list[str],
 def main(args: argparse.Namespace) -> Path:
     """Segment one photo and return the overlay's path; with --export, write the student and return its
     path."""
-    photo = None if args.photo is None else read_image(Path(args.photo))
+    photo = None if args.photo is None else open_image(Path(args.photo))
     segmenter = Segmenter.of(args)
     if args.export is not None:
         path = segmenter.export(args.export)
@@ -276,12 +278,12 @@ def main(args: argparse.Namespace) -> Path:
         return path
     setup, names = segmenter.setup, segmenter.names
     if photo is None:
-        photo = read_image(next(iter(setup.validation_images.values())))
+        photo = open_image(next(iter(setup.validation_images.values())))
     print(f"{segmenter.title}, CLIP {setup.clip_name}, {len(names)} classes: {', '.join(names)}")
     if segmenter.stage == "maskclip" and args.stage == "auto":
         print("No rectification was trained for these words. MaskCLIP's biases are still in the picture; to "
               "remove them: python rectify.py --data FOLDER --classes FILE")
-    return write_results(args, segmenter, photo, Image.fromarray(segmenter(photo)))
+    return write_results(args, segmenter, to_rgb(photo), Image.fromarray(segmenter(photo)))
 
 
 def write_results(args: argparse.Namespace, segmenter: Segmenter, photo: Image.Image,

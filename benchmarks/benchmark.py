@@ -1,13 +1,14 @@
 """What our steps cost, beside a plain implementation of the same steps (plain.py), measured in one run.
 
-    python benchmarks/benchmark.py                     every row, ViT-B/16 with random weights: twenty minutes on two cores
+    python benchmarks/benchmark.py                     every row, ViT-B/16 with random weights: 20 minutes
     python benchmarks/benchmark.py --only rectify-voc  one row
-    python benchmarks/benchmark.py --growth            how time grows with classes, image size and number of images
+    python benchmarks/benchmark.py --growth            how time grows with classes, pixels, number of images
     python benchmarks/benchmark.py --memory            peak memory of large images and of training batches
     python benchmarks/benchmark.py --quick             tiny sizes: whether it runs, not how fast
 
-Plain and ours alternate, with a matrix product in between as the measure of the machine, so that whatever else runs on it
-slows all three; medians are shown, and the ratio is what counts. Prints tables and writes JSON (--out). Reads nothing.
+Plain and ours alternate, with a matrix product in between as the measure of the machine: whatever else runs
+on it slows all three. Medians are shown, and the ratio is what counts. Prints tables, writes JSON (--out),
+reads nothing.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ import os
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])      # modules are named from the project's folder
 os.environ.setdefault("TQDM_DISABLE", "1")  # bars would be timed with the steps
 
-import runs
+from harness import errors
+from harness import flags as common
 
 ROWS = ("rectify-voc", "rectify-ade", "rectify-voc-batch", "rectify-ade-batch", "rectify-voc-cached",
         "rectify-ade-cached", "evaluate-voc", "evaluate-ade", "windows", "query", "dense-224", "dense-512",
@@ -28,22 +31,29 @@ ROWS = ("rectify-voc", "rectify-ade", "rectify-voc-batch", "rectify-ade-batch", 
 
 
 def flags() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = common.plain_parser(__doc__)
     what = parser.add_argument_group("what to measure")
-    what.add_argument("--only", nargs="+", choices=ROWS, metavar="NAME", default=list(ROWS), help=f"of {', '.join(ROWS)}")
-    what.add_argument("--growth", action="store_true", help="time against classes, image size, images (ours alone)")
-    what.add_argument("--memory", action="store_true", help="peak memory of large images and of batches (ours alone)")
-    what.add_argument("--quick", action="store_true", help="tiny sizes: the numbers mean nothing, the program runs")
+    what.add_argument("--only", nargs="+", choices=ROWS, metavar="NAME", default=list(ROWS),
+                      help=f"of {', '.join(ROWS)} (default: all)")
+    what.add_argument("--growth", action="store_true",
+                      help="time against classes, image size, images (ours alone)")
+    what.add_argument("--memory", action="store_true",
+                      help="peak memory of large images and of batches (ours alone)")
+    what.add_argument("--quick", action="store_true",
+                      help="tiny sizes: the numbers mean nothing, the program runs")
     how = parser.add_argument_group("how")
-    how.add_argument("--repeats", type=runs.positive, metavar="N", default=3, help="timings of which the median is shown")
-    how.add_argument("--batch", type=runs.positive, metavar="N", default=argparse.SUPPRESS,
-                     help="images per distillation step and per batch of dense features (default: 1; on a GPU 16)")
-    how.add_argument("--threads", type=runs.positive, metavar="N", default=argparse.SUPPRESS,
+    how.add_argument("--repeats", type=common.whole(1), metavar="N", default=3,
+                     help="timings of which the median is shown (default: 3)")
+    how.add_argument("--batch", type=common.whole(1), metavar="N",
+                     help="images per step of `distill` and `dense-…` (default: 1; on a GPU 16)")
+    how.add_argument("--threads", type=common.whole(1), metavar="N",
                      help="torch's on the CPU (default: torch's choice)")
-    how.add_argument("--device", metavar="D", default=argparse.SUPPRESS, help="cpu, cuda, … (default: the GPU if any)")
-    how.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast")
-    how.add_argument("--out", metavar="FILE", default=argparse.SUPPRESS, help="write everything that was measured as JSON")
+    how.add_argument("--device", metavar="D", help="cpu, cuda, … (default: the GPU if there is one)")
+    how.add_argument("--precision", choices=("fp32", "bf16"), default="fp32",
+                     help="bf16 is autocast (default: fp32)")
+    how.add_argument("--out", type=common.path, metavar="FILE",
+                     help="write everything that was measured as JSON (default: print alone)")
+    how.add_argument("--debug", action="store_true", help="show the traceback of every error")
     return parser
 
 
@@ -57,7 +67,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -72,17 +82,18 @@ import clip
 import data
 import distill
 import evaluate
-import plain
 import rectify
+from benchmarks import plain
 from clip.tokenizer import vocabulary
-from world import World
+from datasets import words
+from harness import files, machine, runs
 
 # ------------------------------------------------------------------------------------------ sizes
 
 
 @dataclass(frozen=True)
 class Case:
-    """One dataset's sizes: training crop, an image of the validation set at the recipe's short side, its label."""
+    """One dataset's sizes: training crop, a validation image at the recipe's short side, its label."""
     classes: int
     crop: int
     image: tuple[int, int]
@@ -97,32 +108,35 @@ class Sizes:
     dense: tuple[int, int]
     backbone: str
     distill_crop: int
-    batch: int                                              # images of a step in the rows named -batch and -cached
-    product: int                                            # side of the square matrices that measure the machine
-    voc_images: int = 1464                                  # of VOC 2012's train.txt
+    batch: int                              # images of a step in the rows named -batch and -cached
+    product: int                            # side of the square matrices that measure the machine
+    voc_images: int = 1464                  # of VOC 2012's train.txt
     ade_images: int = 20210
 
 
 REAL = Sizes(
     clip=dict(embed_dim=512, image_resolution=224, vision_layers=12, vision_width=768, vision_patch_size=16,
-              context_length=77, vocab_size=49408, transformer_width=512, transformer_heads=8, transformer_layers=12),
+              context_length=77, vocab_size=49408, transformer_width=512, transformer_heads=8,
+              transformer_layers=12),
     # VOC's pictures are mostly 500×375; ADE's mostly 683×512, which the recipe leaves as they are.
     voc=Case(20, 336, (336, 448), (375, 500)), ade=Case(150, 512, (512, 683), (512, 683)),
     dense=(224, 512), backbone="resnet50", distill_crop=512, batch=16, product=2048)
 QUICK = Sizes(
     clip=dict(embed_dim=24, image_resolution=32, vision_layers=2, vision_width=64, vision_patch_size=8,
-              context_length=77, vocab_size=49408, transformer_width=64, transformer_heads=1, transformer_layers=1),
+              context_length=77, vocab_size=49408, transformer_width=64, transformer_heads=1,
+              transformer_layers=1),
     voc=Case(3, 32, (32, 40), (37, 50)), ade=Case(5, 40, (40, 56), (40, 56)),
     dense=(32, 40), backbone="small", distill_crop=64, batch=2, product=64)
 
 
 def class_names(count: int) -> list[str]:
-    """Names whose lengths in tokens are distributed as ADE20K's: four of five have one, 2 % three, the others two."""
+    """Names as long as ADE20K's: four of five have one token, 2 % have three, the others two."""
     ids, _ = vocabulary()
-    words = [token.removesuffix("</w>") for token in ids if token.endswith("</w>") and len(token) > 8
+    found = [token.removesuffix("</w>") for token in ids if token.endswith("</w>") and len(token) > 8
              and token[:-4].isalpha() and token.isascii()]
-    words = iter(word for word in words if len(clip.encode(word)) == 1)
-    return [" ".join(next(words) for _ in range(3 if i % 50 == 49 else 2 if i % 5 == 4 else 1)) for i in range(count)]
+    found = iter(word for word in found if len(clip.encode(word)) == 1)
+    return [" ".join(next(found) for _ in range(3 if i % 50 == 49 else 2 if i % 5 == 4 else 1))
+            for i in range(count)]
 
 
 # ------------------------------------------------------------------------------------------ what is measured
@@ -136,6 +150,7 @@ class Bench:
         self.device = torch.device(settings["device"])
         self.sizes = QUICK if settings["quick"] else REAL
         self.batch = settings["batch"]
+        self.workers = machine.workers_of(None, self.device)        # as many as the scripts take
         self.folder = tempfile.TemporaryDirectory(prefix="benchmark-")
         torch.set_num_threads(settings["threads"])
         torch.manual_seed(0)
@@ -158,42 +173,49 @@ class Bench:
     def images(self, batch: int, height: int, width: int) -> Tensor:
         return torch.randn(batch, 3, height, width, device=self.device)
 
-    def hypothesis(self, batch: int, classes: int) -> Tensor:
-        """A tenth of the classes in every image."""
-        return (torch.arange(classes, device=self.device) < max(1, classes // 10)).expand(batch, -1)
+    def votes(self, batch: int, classes: int) -> Tensor:
+        """Votes that put a tenth of the classes into every image, with the threshold of `recipe`."""
+        count = max(1, classes // 10)
+        return ((torch.arange(classes, device=self.device) < count).float() / count).expand(batch, -1)
 
-    def recipe(self, names: list[str], **changes) -> rectify.Recipe:
+    def recipe(self, names: list[str]) -> rectify.Recipe:
         room = self.model.prompt_room(names)                # as in rectify.main: the longest name decides
-        return rectify.Recipe(prompt_length=min(rectify.Recipe.prompt_length, room), **changes)
+        return rectify.Recipe(prompt_length=min(rectify.Recipe.prompt_length, room), vote_threshold=0.0)
 
     def autocast(self):
-        return runs.autocast(self.device, self.precision)
+        return machine.autocast(self.device, self.precision)
 
-    def world(self, names: list[str], recipe: rectify.Recipe, rectifier: rectify.Rectifier) -> World:
-        """A world as the scripts open it, with a checkpoint of stage 1 on disk."""
-        words = data.Vocabulary(tuple((name,) for name in names), tuple(data.distinct_colours(len(names))), ("a {}.",))
-        out = tempfile.mkdtemp(dir=self.folder.name)
-        world = World("voc", "data", words, "random", self.model, "random", self.device, self.precision, 0, out)
-        runs.save(world.folder("rectify") / "checkpoint.pt",
-                  {"stage": "rectify", "settings": {"world": world.described(), "recipe": runs.plain(asdict(recipe))},
-                   "weights": rectifier.state_dict()})
-        return world
+    def setup(self, names: list[str], photos: int = 1) -> data.Setup:
+        """What a script works on: a folder of photos, these classes, this CLIP."""
+        colours = tuple(words.distinct_colours(len(names)))
+        vocabulary = words.Vocabulary(tuple((name,) for name in names), colours, ("a {}.",))
+        args = argparse.Namespace(out=tempfile.mkdtemp(dir=self.folder.name), cache=None,
+                                  precision=self.precision, workers=self.workers, skip_broken=False, seed=0)
+        return data.Setup(self.photos(photos), "data", vocabulary, self.model, "random", args)
 
-    def photos(self, count: int, height: int = 375, width: int = 500) -> dict[str, Path]:
-        """JPEG files of soft blobs with some grain, which take as long to decode as photographs of their size."""
-        folder, rng, found = Path(tempfile.mkdtemp(dir=self.folder.name)), np.random.default_rng(0), {}
+    def rectified(self, names: list[str], recipe: rectify.Recipe, rectifier: rectify.Rectifier) -> data.Setup:
+        """The same with a checkpoint of stage 1 on disk."""
+        setup = self.setup(names)
+        files.save(setup.folder("rectify") / "checkpoint.pt",
+                   {"stage": "rectify", "settings": runs.plain(setup.settings(rectify.System(), recipe)),
+                    "weights": rectifier.state_dict()})
+        return setup
+
+    def photos(self, count: int, height: int = 375, width: int = 500) -> str:
+        """JPEG files in a folder: soft blobs with grain, which decode as slowly as photographs."""
+        folder, rng = Path(tempfile.mkdtemp(dir=self.folder.name)), np.random.default_rng(0)
         for number in range(count):
             coarse = rng.integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8)
-            image = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC), dtype=np.int16)
+            image = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC),
+                               dtype=np.int16)
             image = (image + rng.integers(-12, 13, image.shape)).clip(0, 255).astype(np.uint8)
-            found[f"{number:04}"] = folder / f"{number:04}.jpg"
-            Image.fromarray(image).save(found[f"{number:04}"], quality=90)
-        return found
+            Image.fromarray(image).save(folder / f"{number:04}.jpg", quality=90)
+        return str(folder)
 
 
 @dataclass(frozen=True)
 class Sides:
-    """The same work twice: `plain()` and `ours()`, each of `units` units; of `plain_units` where the plain side does less."""
+    """The same work twice, `units` units each; `plain_units` where the plain side does fewer."""
     plain: Callable[[], object]
     ours: Callable[[], object]
     units: int
@@ -204,7 +226,8 @@ class Sides:
         return self.plain_units or self.units if side == "plain" else self.units
 
 
-def training(bench: Bench, module: torch.nn.Module, loss_of: Callable[[torch.Generator], Tensor]) -> Callable[[], float]:
+def training(bench: Bench, module: torch.nn.Module,
+             loss_of: Callable[[torch.Generator], Tensor]) -> Callable[[], float]:
     """One whole step around a loss: forward, backward, SGD, and the loss read as the log does."""
     optimizer = torch.optim.SGD(module.parameters(), lr=1e-4, momentum=0.9, weight_decay=5e-4)
     noise = torch.Generator(bench.device)
@@ -221,43 +244,48 @@ def training(bench: Bench, module: torch.nn.Module, loss_of: Callable[[torch.Gen
     return step
 
 
-def rectification(bench: Bench, case: Case, batch: int = 1, plain_batch: int | None = None, cached: bool = False) -> Sides:
-    """A step of stage 1, of `batch` images; on the plain side of `plain_batch`. `cached`: ours has their features stored."""
+def rectification(bench: Bench, case: Case, batch: int = 1, plain_batch: int | None = None,
+                  cached: bool = False) -> Sides:
+    """A step of stage 1, of `batch` images, on the plain side of `plain_batch`. `cached`: our Z is stored."""
     names, model = class_names(case.classes), bench.model
     recipe, query = bench.recipe(names), bench.query(case.classes)
-    images, hypothesis = bench.images(batch, case.crop, case.crop), bench.hypothesis(batch, case.classes)
-    plain_batch = plain_batch or batch
+    images, votes = bench.images(batch, case.crop, case.crop), bench.votes(batch, case.classes)
+    few, stored = plain_batch or batch, None
+    plains, own = (rectify.Rectifier(model, case.classes, recipe.prompt_length).to(bench.device).train()
+                   for _ in range(2))
+    if cached:                                              # as data.StoredFeatures: a batch holds Z already
+        grid = case.crop // model.visual.patch_size
+        stored = torch.randn(batch, query.shape[1], grid, grid, device=bench.device)
+        stored = F.normalize(stored, dim=1).half()
 
-    def side(train_step, clip_model, count: int, stored: bool = False) -> Callable[[], float]:
-        rectifier, inputs = rectify.Rectifier(model, case.classes, recipe.prompt_length).to(bench.device).train(), images
-        if stored:                                          # as in rectify.main: a batch holds Z already
-            grid = case.crop // model.visual.patch_size
-            inputs = F.normalize(torch.randn(batch, query.shape[1], grid, grid, device=bench.device), dim=1).half()
-            rectifier.encode = lambda _clip, features, _path: features.float()
-        return training(bench, rectifier, lambda noise: train_step(rectifier, clip_model, inputs[:count], hypothesis[:count],
-                                                                   query, names, recipe, noise))
+    def loss_of(noise: torch.Generator) -> Tensor:          # the body of the loop in rectify.main
+        features = own.encode(model, images, recipe.dense_path) if stored is None else stored.float()
+        return rectify.train_step(own, model, features, votes, query, names, recipe, noise)
 
-    return Sides(side(plain.rectify_step, bench.plain_model, plain_batch),
-                 side(rectify.train_step, model, batch, cached), batch, "images", plain_batch)
+    return Sides(
+        training(bench, plains, lambda noise: plain.rectify_step(
+            plains, bench.plain_model, images[:few], votes[:few], query, names, recipe, noise)),
+        training(bench, own, loss_of), batch, "images", plain_batch)
 
 
 def hypotheses(bench: Bench, images: int | None = None, ratio: float | None = None) -> Sides:
-    """Windows of JPEG files through the global encoder: all of the recipe's on a GPU, 25 of one image on a CPU."""
+    """Windows of JPEG files through the global encoder: the recipe's on a GPU, 25 of one image on a CPU."""
     on_gpu = bench.device.type == "cuda"
-    photos = bench.photos(images or (16 if on_gpu else 1))
+    setup = bench.setup(class_names(bench.sizes.ade.classes), images or (16 if on_gpu else 1))
+    photos = setup.training_images
     ratio = ratio or (rectify.Recipe.window_ratio if on_gpu else 1 / 3)
-    model, plain_model = bench.model, bench.plain_model     # made here: neither time nor memory of it is the call's
-    query, short_side, places = bench.query(bench.sizes.ade.classes), bench.sizes.ade.crop, round(2 / ratio) - 1
+    plain_model = bench.plain_model             # made here: neither time nor memory of it is the call's
+    query, short_side = bench.query(bench.sizes.ade.classes), bench.sizes.ade.crop
+    recipe = rectify.Recipe(window_ratio=ratio, short_side=short_side)
 
     def slow() -> object:
         with bench.autocast():
             return plain.count_votes(plain_model, query, photos, short_side, ratio)
 
     def ours() -> object:
-        return rectify.count_votes(model, query, photos, short_side, ratio, bench.precision,
-                                   workers=min(4, os.cpu_count() or 1) if on_gpu else 0)
+        return rectify.count_votes(setup, query, recipe)
 
-    return Sides(slow, ours, len(photos) * places ** 2, "windows")
+    return Sides(slow, ours, len(photos) * (round(2 / ratio) - 1) ** 2, "windows")
 
 
 def dense_features(bench: Bench, size: int) -> Sides:
@@ -278,57 +306,63 @@ def distillation(bench: Bench, batch: int) -> Sides:
     classes, crop, model = bench.sizes.voc.classes, bench.sizes.distill_crop, bench.model
     names, query = class_names(classes), bench.query(classes)
     teacher_recipe, recipe = bench.recipe(names), distill.Recipe(backbone=bench.sizes.backbone)
-    rectifier = rectify.Rectifier(model, classes, teacher_recipe.prompt_length).to(bench.device).eval().requires_grad_(False)
-    world = bench.world(names, teacher_recipe, rectifier)
-    images, hypothesis = bench.images(batch, crop, crop), bench.hypothesis(batch, classes)
+    rectifier = rectify.Rectifier(model, classes, teacher_recipe.prompt_length).to(bench.device)
+    rectifier.eval().requires_grad_(False)
+    setup = bench.setup(names)
+    images, votes = bench.images(batch, crop, crop), bench.votes(batch, classes)
     with torch.no_grad():
         reference = rectify.reference_features(model, rectifier.prompt, names)
 
     def student() -> distill.Student:
-        return distill.build_student(world, rectifier, query, recipe, pretrained=False).train()
+        return distill.build_student(setup, rectifier, query, recipe, distill.System(),
+                                     pretrained=False).train()
 
     plains, own = student(), student()
 
     def loss_of(noise: torch.Generator) -> Tensor:
         taught = distill.teach(rectifier, model, images, query, reference, teacher_recipe.dense_path)
-        return distill.train_step(own, *taught, images, hypothesis, teacher_recipe, recipe, noise)[0]
+        return distill.train_step(own, *taught, images, votes, teacher_recipe, recipe, noise)["loss"]
 
     return Sides(
         training(bench, plains.network, lambda noise: plain.distill_step(
-            plains, rectifier, bench.plain_model, images, hypothesis, query, names, teacher_recipe, recipe, noise)),
+            plains, rectifier, bench.plain_model, images, votes, query, names, teacher_recipe, recipe,
+            noise)),
         training(bench, own.network, loss_of), batch, "images")
 
 
 def evaluation(bench: Bench, case: Case, images: int = 1, anew: bool = False) -> Sides:
-    """Images of one size, from the normalised pixels to the confusion matrices of vanilla CLIP, MaskCLIP and the rectified
-    CLIP. Ours keeps the bias map of a grid; with `anew` the predictors are made within the time measured."""
+    """Images of one size, from pixels to confusion matrices of vanilla CLIP, MaskCLIP, the rectified CLIP.
+
+    Ours keeps the bias map of a grid; with `anew` the predictors are made within the time that is measured.
+    """
     names, query = class_names(case.classes), bench.query(case.classes)
     recipe = bench.recipe(names)
     rectifier = rectify.Rectifier(bench.model, case.classes, recipe.prompt_length).to(bench.device)
     rectifier.eval().requires_grad_(False)
-    world = bench.world(names, recipe, rectifier)
+    setup = bench.rectified(names, recipe, rectifier)
     image, true_label = torch.randn(3, *case.image), torch.randint(0, case.classes, case.label)
     stages = ["vanilla", "maskclip", "rectify"]
-    ready = None if anew else evaluate.predictors(world, query, stages)
+    ready = None if anew else evaluate.predictors(setup, query, stages)
 
     def slow() -> object:
         confusion = {stage: np.zeros((case.classes, case.classes), dtype=np.int64) for stage in stages}
         for _ in range(images):
             with bench.autocast():
-                found = plain.evaluate_image(rectifier, bench.plain_model, image[None].to(bench.device), true_label, query,
-                                             names, recipe.dense_path)
+                found = plain.evaluate_image(rectifier, bench.plain_model, image[None].to(bench.device),
+                                             true_label, query, names, recipe.dense_path)
             for stage in stages:
                 confusion[stage] += found[stage][1]
         return confusion
 
     @torch.no_grad()
     def ours() -> object:                                   # the body of evaluate.measure
-        found = ready or evaluate.predictors(world, query, stages)
-        confusion = {stage: torch.zeros(case.classes, case.classes, dtype=torch.int64, device=bench.device) for stage in stages}
+        found = ready or evaluate.predictors(setup, query, stages)
+        confusion = {stage: torch.zeros(case.classes, case.classes, dtype=torch.int64, device=bench.device)
+                     for stage in stages}
         for _ in range(images):
             pixels, truth = image[None].to(bench.device), true_label.to(bench.device)
             with bench.autocast():
-                logits = evaluate.logits_of_all(world, found, pixels)
+                logits = evaluate.logits_of_all(setup, found, pixels)
             for stage in stages:
                 predicted = evaluate.predict(logits[stage], tuple(truth.shape))
                 confusion[stage] += evaluate.confusion_matrix(truth, predicted, case.classes)
@@ -339,11 +373,12 @@ def evaluation(bench: Bench, case: Case, images: int = 1, anew: bool = False) ->
 
 def queries(bench: Bench, classes: int = 1) -> Sides:
     """W_q of a class: 85 sentences."""
-    words = data.Vocabulary(tuple((name,) for name in class_names(classes)), ((0, 0, 0),) * classes,
-                            tuple(data.QUERY_TEMPLATES))
+    asked = words.Vocabulary(tuple((name,) for name in class_names(classes)), ((0, 0, 0),) * classes,
+                             tuple(words.QUERY_TEMPLATES))
     model, plain_model = bench.model, bench.plain_model
-    return Sides(lambda: plain.query_features(plain_model, words), lambda: rectify.query_features(model, words), classes,
-                 "classes")
+    return Sides(lambda: plain.query_features(plain_model, asked),
+                 lambda: rectify.query_features(model, asked),
+                 classes, "classes")
 
 
 def row(bench: Bench, name: str) -> tuple[Callable[..., Sides], tuple]:
@@ -355,7 +390,8 @@ def row(bench: Bench, name: str) -> tuple[Callable[..., Sides], tuple]:
             "rectify-voc-cached": (rectification, (sizes.voc, sizes.batch, 1, True)),
             "rectify-ade-cached": (rectification, (sizes.ade, sizes.batch, 1, True)),
             "windows": (hypotheses, ()),
-            "dense-224": (dense_features, (sizes.dense[0],)), "dense-512": (dense_features, (sizes.dense[1],)),
+            "dense-224": (dense_features, (sizes.dense[0],)),
+            "dense-512": (dense_features, (sizes.dense[1],)),
             "distill": (distillation, (bench.batch,)),
             "evaluate-voc": (evaluation, (sizes.voc,)), "evaluate-ade": (evaluation, (sizes.ade,)),
             "query": (queries, ())}[name]
@@ -378,8 +414,8 @@ def seconds(device: torch.device, call: Callable[[], object]) -> float:
 def flop_of(call: Callable[[], object]) -> int:
     """Floating-point operations of a call's matrix products and convolutions, backward included.
 
-    torch's counter does not look inside fused kernels of every kind, so both attentions are run written out. Masked
-    products count in full, as they are for a kernel that does not skip them.
+    torch's counter does not look inside fused kernels of every kind, so both attentions are run written out.
+    Masked products count in full, as they are for a kernel that does not skip them.
     """
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -400,14 +436,14 @@ def matrix_product(bench: Bench) -> tuple[Callable[[], object], int]:
 
 
 def compare(bench: Bench, name: str, repeats: int) -> dict:
-    """One row: plain, ours and the matrix product in turn, after a run of each that counts FLOP and warms up."""
+    """One row: plain, ours and the matrix product in turn, after a run of each to count FLOP and warm up."""
     function, arguments = row(bench, name)
     sides = function(bench, *arguments)
     product, product_flop = matrix_product(bench)
     calls = {"plain": sides.plain, "ours": sides.ours, "product": product}
     flop = {side: flop_of(calls[side]) for side in ("plain", "ours")}
     product()
-    if bench.device.type == "cuda":                         # the counted runs went another way through attention
+    if bench.device.type == "cuda":                 # the counted runs went another way through attention
         sides.plain(), sides.ours()
     times = {side: [] for side in calls}
     for _ in range(repeats):
@@ -417,31 +453,33 @@ def compare(bench: Bench, name: str, repeats: int) -> dict:
     found = {"unit": sides.unit, "product_flop_per_second": rate}
     for side in ("plain", "ours"):
         median, units = statistics.median(times[side]), sides.units_of(side)
-        found[side] = {"units": units, "seconds_per_unit": median / units, "seconds": median, "all_seconds": times[side],
+        found[side] = {"units": units, "seconds_per_unit": median / units, "seconds": median,
+                       "all_seconds": times[side],
                        "flop": flop[side], "share_of_product_rate": flop[side] / median / rate}
     return found | {"ratio": found["plain"]["seconds_per_unit"] / found["ours"]["seconds_per_unit"]}
 
 
 def loader(bench: Bench, repeats: int) -> dict:
-    """Stage 1's steps fed from JPEG files by the training loader, against the same steps on a batch that lies ready.
+    """Stage 1's steps fed from JPEG files by the training loader, against the same steps on a ready batch.
 
     Their quotient is the device's utilisation: 1 when decoding hides behind the step.
     """
     sizes, steps = bench.sizes, (64 if bench.device.type == "cuda" else 4) * repeats
     names, model, case = class_names(sizes.voc.classes), bench.model, sizes.voc
-    recipe, query, hypothesis = bench.recipe(names), bench.query(case.classes), bench.hypothesis(1, case.classes)
+    recipe, query, votes = bench.recipe(names), bench.query(case.classes), bench.votes(1, case.classes)
     rectifier = rectify.Rectifier(model, case.classes, recipe.prompt_length).to(bench.device).train()
-    workers = min(4, os.cpu_count() or 1) if bench.device.type == "cuda" else 0        # as runs.workers_of
-    photos = bench.photos(32)
+    photos = bench.setup(names, 32).training_images
     transform = data.augmentation(case.crop, (case.crop, case.crop), recipe.scale, recipe.distort)
     current: list[Tensor] = [bench.images(1, case.crop, case.crop)]
-    step = training(bench, rectifier, lambda noise: rectify.train_step(rectifier, model, current[0], hypothesis, query,
-                                                                       names, recipe, noise))
+    step = training(bench, rectifier, lambda noise: rectify.train_step(
+        rectifier, model, rectifier.encode(model, current[0], recipe.dense_path), votes, query, names,
+        recipe, noise))
 
     def pass_over(use: Callable[[Tensor], object]) -> float:
-        """Seconds per batch from the first one on: starting the workers is paid once an epoch, not once a step."""
-        batches = iter(data.training_batches(data.TrainingImages(photos, transform, seed=0), batch_size=1, first_step=0,
-                                             steps=steps + 1, seed=0, workers=workers))
+        """Seconds per batch from the first one on: the start of the workers is paid once an epoch."""
+        dataset = data.TrainingImages(photos, transform, seed=0)
+        batches = iter(data.training_batches(dataset, batch_size=1, first_step=0, steps=steps + 1, seed=0,
+                                             workers=bench.workers))
         use(next(batches)[0])
         return seconds(bench.device, lambda: [use(batch) for batch, _ in batches]) / steps
 
@@ -452,8 +490,9 @@ def loader(bench: Bench, repeats: int) -> dict:
     alone = pass_over(lambda batch: None)
     fed = pass_over(train)
     ready = seconds(bench.device, lambda: [step() for _ in range(steps)]) / steps
-    return {"seconds_per_image_loader_alone": alone, "seconds_per_step_batch_ready": ready, 
-            "seconds_per_step_from_files": fed, "utilisation": ready / fed, "workers": workers, "steps": steps}
+    return {"seconds_per_image_loader_alone": alone, "seconds_per_step_batch_ready": ready,
+            "seconds_per_step_from_files": fed, "utilisation": ready / fed, "workers": bench.workers,
+            "steps": steps}
 
 
 # ------------------------------------------------------------------------------------------ memory
@@ -467,12 +506,14 @@ def resident(field: str) -> int:
     raise AssertionError(f"/proc/self/status has no {field}")
 
 
-def peak_memory(settings: dict, function: Callable[..., Sides], arguments: tuple, side: str) -> dict[str, int]:
-    """Peak memory of one call. `growth`: above what lay there before it; `total`: of the whole process, set-up included.
+def peak_memory(settings: dict, function: Callable[..., Sides], arguments: tuple,
+                side: str) -> dict[str, int]:
+    """Peak memory of a call. `growth`: above what lay there before; `total`: of the process, set-up included.
 
-    On a CPU this runs in a process of its own (see `in_own_process`): memory that an earlier call freed would be used again
-    without being seen. Linux keeps the highest resident size since a reset, which misses no moment as sampling would, and
-    which getrusage cannot reset. On a GPU it is torch's own count, and the process's memory does not matter.
+    On a CPU this runs in a process of its own (see `in_own_process`): memory that an earlier call freed would
+    be used again without being seen. Linux keeps the highest resident size since a reset, which misses no
+    moment as sampling would, and which getrusage cannot reset. On a GPU it is torch's own count, and the
+    process's memory does not matter.
     """
     bench = Bench(settings)
     call = getattr(function(bench, *arguments), side)
@@ -492,12 +533,12 @@ def peak_memory(settings: dict, function: Callable[..., Sides], arguments: tuple
 
 
 def in_own_process(function: Callable, *arguments):
-    """`function(*arguments)` in a fresh process, forked from a server that has imported torch and computed nothing.
+    """`function(*arguments)` in a fresh process, forked from a server that has imported torch, no more.
 
     Raises MemoryError when the system ended it, as it does with a process that asks for more than there is.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torchvision"])    # once, not in every process; the rest is imported quickly
+    context.set_forkserver_preload(["torch", "torchvision"])    # once, not in every process
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=answer, args=(sender, function, arguments))
     process.start()
@@ -506,7 +547,8 @@ def in_own_process(function: Callable, *arguments):
         return receiver.recv()
     except EOFError:
         process.join()
-        raise MemoryError(f"the process measuring {arguments[1].__name__} ended with exit code {process.exitcode}") from None
+        raise MemoryError(f"the process measuring {arguments[1].__name__} ended with exit code "
+                          f"{process.exitcode}") from None
     finally:
         process.join()
 
@@ -515,7 +557,8 @@ def answer(sender, function: Callable, arguments: tuple) -> None:
     sender.send(function(*arguments))
 
 
-def peak(bench: Bench, function: Callable[..., Sides], arguments: tuple, side: str = "ours") -> dict[str, int] | None:
+def peak(bench: Bench, function: Callable[..., Sides], arguments: tuple,
+         side: str = "ours") -> dict[str, int] | None:
     """`peak_memory` where it can be told: on a GPU, and on a CPU under Linux; None elsewhere."""
     if bench.device.type == "cuda":
         return peak_memory(bench.settings, function, arguments, side)
@@ -525,14 +568,15 @@ def peak(bench: Bench, function: Callable[..., Sides], arguments: tuple, side: s
 
 
 def memory(bench: Bench) -> dict[str, dict]:
-    """Peak memory of what is large: a wide image with ADE's classes at two short sides, and training by batch."""
+    """Peak memory of what is large: a wide image with ADE's classes at two short sides; training by batch."""
     voc, ade = bench.sizes.voc, bench.sizes.ade
     height, width = (1024, 2048) if bench.sizes is REAL else (64, 128)
     jobs = {f"evaluate {width}×{height}, {ade.classes} classes, short side {side}":
             (evaluation, (replace(ade, image=(side, side * width // height), label=(height, width)),))
             for side in (height // 2, height)}
     jobs |= {f"rectify {voc.crop}, batch {batch}": (rectification, (voc, batch)) for batch in (1, 4, 16)}
-    jobs |= {f"distill {bench.sizes.distill_crop}, batch {batch}": (distillation, (batch,)) for batch in (1, 4)}
+    jobs |= {f"distill {bench.sizes.distill_crop}, batch {batch}": (distillation, (batch,))
+             for batch in (1, 4)}
     found = {}
     for title, job in jobs.items():
         found[title] = peak(bench, *job)
@@ -545,9 +589,10 @@ def memory(bench: Bench) -> dict[str, dict]:
 
 
 def growth(bench: Bench, repeats: int) -> list[dict]:
-    """Our time at three points along each axis, beside the FLOP, which say what to expect, and a sentence why."""
+    """Our time at three points along each axis; the FLOP, which say what to expect; a sentence why."""
     voc, real = bench.sizes.voc, bench.sizes is REAL
-    classes, sizes, counts = ((20, 60, 150), (224, 336, 512), (10, 20, 40)) if real else ((3, 6, 9), (32, 40, 48), (1, 2, 3))
+    classes, sizes, counts = ((20, 60, 150), (224, 336, 512), (10, 20, 40)) if real \
+        else ((3, 6, 9), (32, 40, 48), (1, 2, 3))
     square = replace(voc, image=(voc.crop, voc.crop), label=(voc.crop, voc.crop))
     small = replace(voc, image=(bench.sizes.dense[0],) * 2, label=(bench.sizes.dense[0],) * 2)
 
@@ -556,13 +601,17 @@ def growth(bench: Bench, repeats: int) -> list[dict]:
 
     axes = [
         ("rectification step", "classes", classes, lambda C: rectification(bench, replace(voc, classes=C)),
-         "image tower and shared prefix are paid once, a class adds its few own tokens, and the decoder grows with "
-         "C · (D + C)"),
-        ("evaluation of an image", "classes", classes, lambda C: evaluation(bench, replace(square, classes=C)),
-         "no text tower runs; what grows is the decoder, with C · (D + C), and up-sampling and argmax, with C"),
-        ("query features", "classes", (1, 2, 4), lambda C: queries(bench, C), "every class has 85 sentences of its own"),
+         "image tower and shared prefix are paid once, a class adds its few own tokens, and the decoder "
+         "grows with C · (D + C)"),
+        ("evaluation of an image", "classes", classes,
+         lambda C: evaluation(bench, replace(square, classes=C)),
+         "no text tower runs; what grows is the decoder, with C · (D + C), and up-sampling and argmax, "
+         "with C"),
+        ("query features", "classes", (1, 2, 4), lambda C: queries(bench, C),
+         "every class has 85 sentences of its own"),
         ("rectification step", "image side", sizes, lambda size: rectification(bench, at(size)),
-         "the text tower does not see the image; the rest is linear in patches but for attention, which is quadratic"),
+         "the text tower does not see the image; the rest is linear in patches but for attention, which is "
+         "quadratic"),
         ("dense features", "image side", sizes, lambda size: dense_features(bench, size),
          "linear in patches, that is quadratic in the side, plus the attention scores, quadratic in patches"),
         ("evaluation", "images", counts, lambda count: evaluation(bench, small, count, anew=True),
@@ -579,8 +628,9 @@ def growth(bench: Bench, repeats: int) -> list[dict]:
                 kept.append(seconds(bench.device, call))
         medians = [statistics.median(kept) for kept in times]
         found.append({"what": what, "axis": axis, "points": list(points), "seconds": medians, "flop": flop,
-                      "sentence": f"{points[-1] / points[0]:.3g} times the {axis} take {medians[-1] / medians[0]:.2f} times "
-                                  f"as long ({flop[-1] / flop[0]:.2f} times the FLOP): {why}."})
+                      "sentence": f"{points[-1] / points[0]:.3g} times the {axis} take "
+                                  f"{medians[-1] / medians[0]:.2f} times as long "
+                                  f"({flop[-1] / flop[0]:.2f} times the FLOP): {why}."})
     return found
 
 
@@ -592,25 +642,27 @@ def chip(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")] \
-        if info.exists() else []
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{names[0]}, {len(names)} cores" if names else platform.processor() or platform.machine()
 
 
 def projections(rows: dict[str, dict], sizes: Sizes) -> dict[str, dict[str, float]]:
-    """Hours of whole stages, from the measured steps: what a run at the recipe's batch spends on the device."""
+    """Hours of whole stages, from the measured steps: what a run takes of the device."""
     found, recipe = {}, rectify.Recipe()
 
     def project(title: str, name: str, units: int) -> None:
         if name in rows:
-            found[title] = {side: rows[name][side]["seconds_per_unit"] * units / 3600 for side in ("plain", "ours")}
+            found[title] = {side: rows[name][side]["seconds_per_unit"] * units / 3600
+                            for side in ("plain", "ours")}
 
     seen, windows = sizes.voc_images * recipe.epochs, (round(2 / recipe.window_ratio) - 1) ** 2
     whole = f"VOC rectification, {sizes.voc_images} images × {recipe.epochs} epochs"
     project(f"{whole}, an image a step", "rectify-voc", seen)
     project(f"{whole}, {sizes.batch} images a step (plain: one)", "rectify-voc-batch", seen)
     project(f"{whole}, the same from stored features, which a first pass makes", "rectify-voc-cached", seen)
-    project(f"ADE hypotheses, {sizes.ade_images} images × {windows} windows", "windows", windows * sizes.ade_images)
+    project(f"ADE hypotheses, {sizes.ade_images} images × {windows} windows", "windows",
+            windows * sizes.ade_images)
     return found
 
 
@@ -621,18 +673,19 @@ def megabytes(memory: dict[str, int] | None) -> str:
 def print_row(name: str, found: dict) -> None:
     slow, ours = found["plain"], found["ours"]
     print(f"{name:18}{slow['seconds_per_unit']:10.4f}{ours['seconds_per_unit']:10.4f}{found['ratio']:8.2f}"
-          f"{1 / ours['seconds_per_unit']:12.2f} {found['unit'] + '/s':10}{megabytes(slow['memory']):>8}{megabytes(ours['memory']):>8}"
+          f"{1 / ours['seconds_per_unit']:12.2f} {found['unit'] + '/s':10}"
+          f"{megabytes(slow['memory']):>8}{megabytes(ours['memory']):>8}"
           f"{slow['share_of_product_rate']:9.0%}{ours['share_of_product_rate']:7.0%}", flush=True)
 
 
 def main(args: argparse.Namespace) -> dict:
     """Measure what the flags ask for, print it, write it, return it."""
-    device = runs.device_of(args)
+    device = machine.device_of(args.device)
     settings = {"device": str(device), "precision": args.precision, "quick": args.quick,
-                "threads": getattr(args, "threads", torch.get_num_threads()),
-                "batch": getattr(args, "batch", 16 if device.type == "cuda" and not args.quick else 1)}
+                "threads": args.threads or torch.get_num_threads(),
+                "batch": args.batch or (16 if device.type == "cuda" and not args.quick else 1)}
     bench = Bench(settings)
-    header = {"versions": runs.versions(), "chip": chip(device), **settings, "repeats": args.repeats,
+    header = {"versions": machine.versions(), "chip": chip(device), **settings, "repeats": args.repeats,
               "command": shlex.join(["python", f"benchmarks/{Path(__file__).name}", *sys.argv[1:]])}
     for title, value in header.items():
         print(f"{title:>10}  {value}")
@@ -642,15 +695,16 @@ def main(args: argparse.Namespace) -> dict:
         content["growth"] = growth(bench, args.repeats)
         for found in content["growth"]:
             print(f"  {found['what']}: " + ", ".join(f"{time:.3f} at {point}" for point, time
-                                                     in zip(found["points"], found["seconds"])) + f" {found['axis']}.\n"
+                                                     in zip(found["points"], found["seconds"]))
+                  + f" {found['axis']}.\n"
                   f"      {found['sentence']}")
     if args.memory:
         print(f"\n{'Our peak memory, MiB':52}{'growth':>8}{'total':>8}")
         content["memory"] = memory(bench)
     if not args.growth and not args.memory:
         print(f"\n{'':18}{'seconds a unit':>20}{'':20}{'':11}{'peak MiB':>16}{'of products':>16}\n"
-              f"{'':18}{'plain':>10}{'ours':>10}{'ratio':>8}{'ours':>12} {'':10}{'plain':>8}{'ours':>8}{'plain':>9}"
-              f"{'ours':>7}")
+              f"{'':18}{'plain':>10}{'ours':>10}{'ratio':>8}{'ours':>12} {'':10}{'plain':>8}{'ours':>8}"
+              f"{'plain':>9}{'ours':>7}")
         content["rows"] = {}
         for name in (name for name in ROWS if name in args.only and name != "loader"):
             found = content["rows"][name] = compare(bench, name, args.repeats)
@@ -660,23 +714,25 @@ def main(args: argparse.Namespace) -> dict:
         rates = [found["product_flop_per_second"] for found in content["rows"].values()]
         if rates:
             content["product_flop_per_second"] = statistics.median(rates)
-            print(f"\nMatrix products of {bench.sizes.product}×{bench.sizes.product}: {statistics.median(rates) / 1e9:.0f} "
-                  "GFLOP/s (the rate that the last columns are shares of)")
+            print(f"\nMatrix products of {bench.sizes.product}×{bench.sizes.product}: "
+                  f"{statistics.median(rates) / 1e9:.0f} GFLOP/s, of which the last columns are shares")
         content["projections"] = projections(content["rows"], bench.sizes)
         for title, hours in content["projections"].items():
             print(f"{title}: {hours['plain']:.1f} hours plain, {hours['ours']:.1f} ours")
         if "loader" in args.only:
             found = content["loader"] = loader(bench, args.repeats)
-            print(f"Loader, {found['workers']} workers: {1 / found['seconds_per_image_loader_alone']:.0f} images/s alone; a "
-                  f"VOC step takes {found['seconds_per_step_batch_ready']:.4f} s on a ready batch, "
-                  f"{found['seconds_per_step_from_files']:.4f} s from JPEG files: utilisation {found['utilisation']:.0%}")
+            print(f"Loader, {found['workers']} workers: "
+                  f"{1 / found['seconds_per_image_loader_alone']:.0f} images/s alone; a VOC step takes "
+                  f"{found['seconds_per_step_batch_ready']:.4f} s on a ready batch, "
+                  f"{found['seconds_per_step_from_files']:.4f} s from JPEG files: utilisation "
+                  f"{found['utilisation']:.0%}")
     bench.folder.cleanup()
-    if hasattr(args, "out"):
-        runs.write_json(Path(args.out), content)
+    if args.out is not None:
+        files.write_json(Path(args.out), content)
         print(f"Wrote {args.out}")
     return content
 
 
 if __name__ == "__main__":
-    with runs.errors_in_one_paragraph():
+    with errors.one_paragraph(FLAGS.debug):
         main(FLAGS)

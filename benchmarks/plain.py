@@ -1,8 +1,9 @@
 """The steps of both stages as one writes them first: the measure for what the project's own steps save.
 
-Same weights, same numbers, same libraries; tests/test_benchmark.py holds loss, gradients, votes, predictions and queries
-against the project's. What differs is how much is computed for them, and each such choice is marked "Plain:". None is
-foolish: every one is either the equation taken at its word or what the nearest building block of torch does.
+Same weights, same numbers, same libraries; tests/test_benchmark.py holds loss, gradients, votes, predictions
+and queries against the project's. What differs is how much is computed for them, and each such choice is
+marked "Plain:". None is foolish: every one is either the equation taken at its word or what the nearest
+building block of torch does.
 
     B images · C classes · D joint dimension (512) · E ViT width (768) · Et text width (512)
     H,W pixels · h,w patches · n = h·w · L learned prompt vectors (73) · T = 77 tokens
@@ -24,6 +25,9 @@ import data
 import distill
 import rectify
 from clip.tokenizer import END, START
+from datasets import IGNORE
+from datasets.images import read_image
+from datasets.words import Vocabulary
 
 # ------------------------------------------------------------------------------------------ CLIP
 
@@ -32,7 +36,7 @@ class QuickGELU(nn.Module):
     """OpenAI's approximation of GELU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)                             # plain: a new tensor at each of three steps
+        return x * torch.sigmoid(1.702 * x)                     # Plain: a new tensor at each of three steps.
 
 
 class Block(nn.Module):
@@ -48,7 +52,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         normed = self.ln_1(x)
-        # Plain: torch's default (need_weights=True), which writes every head's (T, T) attention weights to memory.
+        # Plain: torch's default (need_weights=True) writes every head's (T, T) attention weights to memory.
         x = x + self.attn(normed, normed, normed, attn_mask=mask)[0]
         return x + self.mlp(self.ln_2(x))
 
@@ -93,7 +97,8 @@ class Vision(nn.Module):
         patches = self.conv1(images)                                                        # (B, E, h, w)
         patches = patches + self.patch_positions(*patches.shape[-2:])
         patches = patches.flatten(start_dim=2).transpose(1, 2)                              # (B, n, E)
-        first = (self.class_embedding + self.positional_embedding[0]).to(patches.dtype).expand(len(images), 1, -1)
+        first = (self.class_embedding + self.positional_embedding[0]).to(patches.dtype)
+        first = first.expand(len(images), 1, -1)
         # Plain: the whole last block for all tokens, whether its class token or its values are wanted.
         return self.transformer(self.ln_pre(torch.cat([first, patches], dim=1)))
 
@@ -129,7 +134,8 @@ class CLIP(nn.Module):
         h, w = math.ceil(images.shape[-2] / patch), math.ceil(images.shape[-1] / patch)
         x, after = self.visual(images)
         last, E = self.visual.transformer.resblocks[-1], x.shape[-1]
-        value = last.attn.out_proj(F.linear(last.ln_1(x), last.attn.in_proj_weight[2 * E:], last.attn.in_proj_bias[2 * E:]))
+        value = last.attn.out_proj(F.linear(last.ln_1(x), last.attn.in_proj_weight[2 * E:],
+                                            last.attn.in_proj_bias[2 * E:]))
         if path == "vanilla":
             x = after
         elif path == "residual":
@@ -137,7 +143,7 @@ class CLIP(nn.Module):
             x = x + last.mlp(last.ln_2(x))
         else:
             x = value
-        x = F.normalize((self.visual.ln_post(x[:, 1:]) @ self.visual.proj).float(), dim=-1)         # (B, n, D)
+        x = F.normalize((self.visual.ln_post(x[:, 1:]) @ self.visual.proj).float(), dim=-1)   # (B, n, D)
         return x.transpose(1, 2).reshape(len(images), -1, h, w)
 
     def encode_embedded(self, x: Tensor, end: Tensor) -> Tensor:
@@ -152,7 +158,7 @@ class CLIP(nn.Module):
         return self.encode_embedded(self.token_embedding(tokens), tokens.argmax(dim=-1))
 
     def encode_prompt(self, prompt: Tensor, class_names: list[str]) -> Tensor:
-        """Eq. 1, prompt (L, Et) → (C, D). Plain: every class's sentence stands in full, 77 tokens, with its gradient."""
+        """Eq. 1, prompt (L, Et) → (C, D). Plain: each sentence in full, 77 tokens, with its gradient."""
         L, rows = len(prompt), []
         for name in class_names:
             ids = [START, *[0] * L, *clip.encode(name), END]
@@ -167,7 +173,7 @@ class CLIP(nn.Module):
 
 
 @torch.no_grad()
-def query_features(model: CLIP, vocabulary: data.Vocabulary) -> Tensor:
+def query_features(model: CLIP, vocabulary: Vocabulary) -> Tensor:
     """W_q (C, D)."""
     rows = []
     for names in vocabulary.synonyms:
@@ -187,26 +193,36 @@ def decoded_logits(model: CLIP, rectifier: rectify.Rectifier, features: Tensor, 
                    class_names: list[str]) -> Tensor:
     """M_o (B, C, h, w) of features (B, D, h, w): Eq. 1 to 4.
 
-    Plain: the one forward of training and of test, so that Reference and bias are computed again for every image.
+    Plain: the one forward of training and of test; Reference and bias are computed again for every image.
     """
     reference = reference_features(model, rectifier.prompt, class_names)                            # Eq. 1
     positions = model.visual.patch_positions(*features.shape[-2:])
-    with torch.autocast(features.device.type, enabled=False):                                       # as the project's
+    with torch.autocast(features.device.type, enabled=False):                               # as the project's
         bias = torch.einsum("dhw,cd->chw", rectifier.projection(positions[None])[0], reference)     # Eq. 2
         rectified = torch.einsum("bdhw,cd->bchw", features, query) - bias                           # Eq. 3
     return rectifier.decoder(features, rectified)                                                   # Eq. 4
 
 
-def gumbel_masks(decoded: Tensor, scale: float, tau: float, noise: torch.Generator) -> Tensor:
+def gumbel_masks(decoded: Tensor, scale: float, noise: torch.Generator) -> Tensor:
     """M̂ (B, C, h, w), one 1 per patch, straight-through: Eq. 5."""
     uniform = torch.rand(decoded.shape, generator=noise, device=decoded.device).clamp(min=1e-10)
     gumbel = -(-uniform.log()).clamp(min=1e-10).log()
-    soft = ((scale * decoded.float() + gumbel) / tau).softmax(dim=1)
+    soft = (scale * decoded.float() + gumbel).softmax(dim=1)
     hard = F.one_hot(soft.argmax(dim=1), soft.shape[1]).movedim(-1, 1)
     return hard + soft - soft.detach()
 
 
-def contrastive_loss(features: Tensor, masks: Tensor, query: Tensor, hypothesis: Tensor, scale: float) -> Tensor:
+def hypothesis_of(votes: Tensor, threshold: float) -> Tensor:
+    """H (B, C) bool of votes f (B, C): Eq. 6."""
+    hypothesis = votes > threshold
+    for b in range(len(votes)):
+        if not hypothesis[b].any():
+            hypothesis[b, votes[b].argmax()] = True
+    return hypothesis
+
+
+def contrastive_loss(features: Tensor, masks: Tensor, query: Tensor, hypothesis: Tensor,
+                     scale: float) -> Tensor:
     """Eq. 7. Plain: a loop over the classes of each image's hypothesis."""
     losses = []
     with torch.autocast(features.device.type, enabled=False):
@@ -220,54 +236,58 @@ def contrastive_loss(features: Tensor, masks: Tensor, query: Tensor, hypothesis:
     return torch.stack(losses).mean()
 
 
-def rectify_step(rectifier: rectify.Rectifier, model: CLIP, images: Tensor, hypothesis: Tensor, query: Tensor,
+def rectify_step(rectifier: rectify.Rectifier, model: CLIP, images: Tensor, votes: Tensor, query: Tensor,
                  class_names: list[str], recipe: rectify.Recipe, noise: torch.Generator) -> Tensor:
-    """The loss of one batch, as `rectify.train_step`."""
+    """The loss of one batch, as the loop of `rectify.main`: Z of the images, then `rectify.train_step`."""
     with torch.no_grad():
         features = model.encode_dense(images, recipe.dense_path)
     decoded = decoded_logits(model, rectifier, features, query, class_names)
-    masks = gumbel_masks(decoded, recipe.mask_scale, recipe.mask_tau, noise)
+    masks = gumbel_masks(decoded, recipe.mask_scale, noise)
+    hypothesis = hypothesis_of(votes, recipe.vote_threshold)
     return contrastive_loss(features, masks, query, hypothesis, recipe.loss_scale)
 
 
 @torch.no_grad()
-def count_votes(model: CLIP, query: Tensor, images: dict[str, Path], short_side: int, ratio: float) -> dict[str, Tensor]:
-    """f(k) of every image, as `rectify.count_votes`. Plain: windows are cut, resized and run one by one."""
+def count_votes(model: CLIP, query: Tensor, images: dict[str, Path], short_side: int, ratio: float) -> Tensor:
+    """f(k) of every image, (images, C), as `rectify.count_votes`. Plain: windows are run one by one."""
     device = model.text_projection.device
     size = math.isqrt(len(model.visual.positional_embedding) - 1) * model.visual.conv1.kernel_size[0]
-    votes = {}
-    for name, path in images.items():
-        image = data.to_tensor(data.short_side_to(data.read_image(path), short_side)).to(device)
+    rows = []
+    for path in images.values():
+        image = data.to_tensor(data.short_side_to(read_image(path), short_side)).to(device)
         counts = torch.zeros(len(query))
         for window in rectify.windows(image, ratio):
             window = F.interpolate(window[None], size=(size, size), mode="bicubic", antialias=True)
             counts[(model.encode_image(window).float() @ query.T).argmax().item()] += 1
-        votes[name] = counts / counts.sum()
-    return votes
+        rows.append(counts / counts.sum())
+    return torch.stack(rows)
 
 
 # ------------------------------------------------------------------------------------------ stage 2
 
 
-def distill_step(student: distill.Student, rectifier: rectify.Rectifier, model: CLIP, images: Tensor, hypothesis: Tensor,
-                 query: Tensor, class_names: list[str], teacher_recipe: rectify.Recipe, recipe: distill.Recipe,
-                 noise: torch.Generator) -> Tensor:
+def distill_step(student: distill.Student, rectifier: rectify.Rectifier, model: CLIP, images: Tensor,
+                 votes: Tensor, query: Tensor, class_names: list[str], teacher_recipe: rectify.Recipe,
+                 recipe: distill.Recipe, noise: torch.Generator) -> Tensor:
     """The loss of one batch, teacher and student, as `distill.teach` and `distill.train_step`.
 
-    The student's network is torchvision's ResNet with four convolutions: there is no plainer one. Plain: the teacher is
-    called as it is at test, Reference and bias with it.
+    The student's network is torchvision's ResNet with four convolutions: there is no plainer one. Plain: the
+    teacher is called as it is at test, Reference and bias with it.
     """
     with torch.no_grad():
         teacher_features = model.encode_dense(images, teacher_recipe.dense_path)
         teacher_logits = decoded_logits(model, rectifier, teacher_features, query, class_names)
-    features = student.network(images)                                                              # Ẑ (B, D, h, w)
-    logits = student.inherited(features)                                                            # M^D (B, C, h, w)
+    features = student.network(images)                                                      # Ẑ (B, D, h, w)
+    logits = student.head(features)                                                         # M^D (B, C, h, w)
     size = features.shape[-2:]
-    pseudo_label = F.interpolate(teacher_logits, size=size, mode="bilinear", align_corners=False).argmax(dim=1)
+    teacher_logits = F.interpolate(teacher_logits, size=size, mode="bilinear", align_corners=False)
+    teacher_features = F.interpolate(teacher_features, size=size, mode="bilinear", align_corners=False)
+    pseudo_label = teacher_logits.argmax(dim=1)
     of_masks = F.cross_entropy(logits.float(), pseudo_label)                                        # Eq. 8
-    of_features = F.l1_loss(features, F.interpolate(teacher_features, size=size, mode="bilinear", align_corners=False))
-    masks = gumbel_masks(logits, teacher_recipe.mask_scale, teacher_recipe.mask_tau, noise)
-    of_text = contrastive_loss(features, masks, query, hypothesis, teacher_recipe.loss_scale)       # Eq. 10
+    of_features = F.l1_loss(features, teacher_features)                                             # Eq. 9
+    masks = gumbel_masks(logits, teacher_recipe.mask_scale, noise)
+    hypothesis = hypothesis_of(votes, teacher_recipe.vote_threshold)
+    of_text = contrastive_loss(features, masks, query, hypothesis, teacher_recipe.loss_scale)       # L_text
     return of_masks + recipe.feature_weight * of_features + recipe.text_weight * of_text
 
 
@@ -275,14 +295,16 @@ def distill_step(student: distill.Student, rectifier: rectify.Rectifier, model: 
 
 
 @torch.no_grad()
-def evaluate_image(rectifier: rectify.Rectifier, model: CLIP, image: Tensor, true_label: Tensor, query: Tensor,
-                   class_names: list[str], path: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """One image (1, 3, h, w) and its label (H, W) → predicted classes (H, W) and confusion matrix (C, C) of each stage.
+def evaluate_image(rectifier: rectify.Rectifier, model: CLIP, image: Tensor, true_label: Tensor,
+                   query: Tensor, class_names: list[str],
+                   path: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """An image (1, 3, h, w), its label (H, W) → for each stage classes (H, W) and confusion matrix (C, C).
 
-    Plain: every stage starts from the pixels; the label never leaves the CPU, the prediction comes to it, and numpy counts.
+    Plain: every stage starts from the pixels; the label stays on the CPU, the prediction comes to it, and
+    numpy counts.
     """
     truth, C, found = true_label.numpy(), len(query), {}
-    counted = truth != data.IGNORE
+    counted = truth != IGNORE
     for stage in ("vanilla", "maskclip", "rectify"):
         features = model.encode_dense(image, "vanilla" if stage == "vanilla" else path)
         if stage == "rectify":
@@ -291,5 +313,6 @@ def evaluate_image(rectifier: rectify.Rectifier, model: CLIP, image: Tensor, tru
             logits = torch.einsum("bdhw,cd->bchw", features.float(), query)
         up = F.interpolate(logits, size=tuple(true_label.shape), mode="bilinear", align_corners=False)
         predicted = up.argmax(dim=1)[0].cpu().numpy()
-        found[stage] = predicted, np.bincount(truth[counted] * C + predicted[counted], minlength=C * C).reshape(C, C)
+        pairs = truth[counted] * C + predicted[counted]
+        found[stage] = predicted, np.bincount(pairs, minlength=C * C).reshape(C, C)
     return found

@@ -122,13 +122,14 @@ def read_file(path: Path) -> tuple[object, str | None]:
         # When torch refuses, it advises to load without protection, between escape codes. None of that is
         # passed on.
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        if "Weights only load failed" in reason:
+        text = start.isascii() and start.decode().isprintable()         # "cat, …" would be read as an object
+        if "Weights only load failed" in reason and not text:
             if objects := re.findall(r"GLOBAL ([\w.]+)", str(error)):
                 raise ValueError(f"{path}: expected nothing but tensors, found Python objects "
                                  f"({listed(objects)}), which are not run here. Save the state dict alone: "
                                  "torch.save(model.state_dict(), 'clip.pt').") from error
             reason = "no tensors"
-        if start.isascii() and start.decode().isprintable():
+        if text:
             reason = f"a text that begins with {start.decode()!r}" if start else "an empty file"
         raise ValueError(f"{path} is damaged or no weights file: expected OpenAI's archive, a file of "
                          f"torch.save or a .safetensors file; found: {listed([reason])}. Fetch it again, or "

@@ -39,6 +39,8 @@ class Dataset:
     lists: str = ""                     # a file of ids for each split; "": a split is all images that fit
     curated: str = ""                   # lists that narrow a split down where such a file lies in the tree, and
     curated_counts: dict[str, int] = field(default_factory=dict)    # how many images are then left
+    palette_is_official: bool = False   # label files carry the classes' colours as their palette
+    other_values: str = ""              # said of a label value that is neither a class's nor ignored
     about: str = ""                     # where names, colours and values come from
 
     @property

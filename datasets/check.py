@@ -28,7 +28,7 @@ from harness import flags as common
 def flags() -> argparse.ArgumentParser:
     parser = common.plain_parser(__doc__)
     parser.add_argument("--data", type=common.path, metavar="NAME|FOLDER", default="toyland",
-                        help="toyland, voc, context, ade, cityscapes, coco (all that this folder describes), or a "
+                        help="toyland, voc, context, ade, cityscapes, coco, context-voc-first (all that this folder describes), or a "
                              "folder of your own images (default: toyland)")
     parser.add_argument("--root", type=common.path, metavar="DIR", default="data",
                         help="where datasets lie (default: data)")
@@ -48,6 +48,7 @@ def flags() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     FLAGS = flags().parse_args()            # before torch is imported: --help answers at once
 
+import filecmp
 import random
 import shlex
 from concurrent.futures import ThreadPoolExecutor
@@ -105,7 +106,8 @@ def wrong_counts(name: str, root: str, images: dict, labels: dict) -> list[str]:
             pattern = " or ".join(DATASETS[name].labels.values()).replace("{split}", DATASETS[name].splits[split])
             problems.append(f"{split}: expected labels {pattern}, found none. Training needs none; evaluate.py does. "
                             f"Unpack: {DATASETS[name].archive}.")
-    if both := sorted(map(str, set(images.get("train", {}).values()) & set(images.get("val", {}).values()))):
+    train, val = images.get("train", {}), images.get("val", {})           # Toyland counts each split from 0000
+    if both := [image for image in val if image in train and filecmp.cmp(train[image], val[image], shallow=False)]:
         problems.append(f"expected no image in both splits, found {len(both)} ({some(both)}). Mend the lists.")
     return problems
 
@@ -150,25 +152,25 @@ def other_class_order(name: str, root: str) -> list[str]:
 # ------------------------------------------------------------------------------------------ what is in the files
 
 
-def look_at(image: Path, label: Path | None, table) -> tuple[str | None, np.ndarray | None]:
+def look_at(image: Path, label: Path | None, read_label) -> tuple[str | None, np.ndarray | None]:
     """Decode an image and, where there is one, its label: what is wrong, and the pixels of each class, (256,) int64."""
     try:
         picture = images_of.read_image(image)
         if label is None:
             return None, None
-        classes = ground_truth.read_label(label, table, size=(picture.height, picture.width))
+        classes = read_label(label, size=(picture.height, picture.width))
     except (ValueError, OSError) as error:
         return str(error), None
     return None, np.bincount(classes.ravel(), minlength=256)
 
 
-def look_at_all(split: str, images: dict[str, Path], labels: dict[str, Path], table,
+def look_at_all(split: str, images: dict[str, Path], labels: dict[str, Path], read_label,
                 workers: int) -> tuple[list[str], np.ndarray]:
     """All of a split, in threads (decoding leaves Python's lock): the faults, and (labels, 256) pixels of each class."""
     faults, counts = [], [np.zeros((0, 256), dtype=np.int64)]
     pool = ThreadPoolExecutor(max_workers=max(1, workers))
     try:
-        looks = pool.map(lambda name: look_at(images[name], labels.get(name), table), images)
+        looks = pool.map(lambda name: look_at(images[name], labels.get(name), read_label), images)
         for fault, of_label in tqdm(looks, total=len(images), desc=split, unit="image"):
             faults += [fault] if fault else []
             counts += [of_label[None]] if of_label is not None else []
@@ -188,6 +190,33 @@ def print_classes(names: list[str], counts: np.ndarray) -> None:
     print(f"{'(ignored)':24}{pixels[IGNORE]:14d}{'':9}{shown[IGNORE]:8d}")
     if never := [name for number, name in enumerate(names) if not pixels[number]]:
         print(f"In none of these {len(counts)} labels: {', '.join(never)}")
+
+
+MUCH = 0.2                                  # share of ignored pixels from which a class without any is suspicious
+
+
+def own_labels(images: dict[str, Path], labels: dict[str, Path], names: list[str],
+               counts: np.ndarray) -> tuple[list[str], list[str]]:
+    """Of a user's labels: what their files do not tell, and what must be mended. counts (labels, 256)."""
+    pixels = counts.sum(axis=0)
+    never = [name for number, name in enumerate(names) if not pixels[number]]
+    unknown, problems = [], []
+    if turned := images_of.turned(images):
+        unknown.append(f"{turned} of {len(images)} photographs are turned by their EXIF orientation. Labels are taken as "
+                       "upright, as a viewer shows the photograph; whether they were drawn so shows in no file.")
+    unknown.append("which value is which class: nothing in the files says it. They are read in the order of --classes, "
+                   f"0 is {names[0]}.")
+    try:
+        ground_truth.refuse_binary_masks(labels, len(names))
+    except ValueError as error:
+        problems.append(str(error))
+    ignored = pixels[IGNORE] / max(1, pixels.sum())
+    if never and ignored > MUCH and not problems:
+        problems.append(f"expected pixels of every class, or few that are ignored; found none of {some(never)}, and "
+                        f"{ignored:.0%} of all pixels ignored (255). Does 255 stand for a class?")
+    elif never:
+        unknown.append(f"whether {some(never)} should occur: no label has a pixel of {'it' if len(never) == 1 else 'them'}.")
+    return unknown, problems
 
 
 def print_both_orders(name: str, counts: np.ndarray, most: int = 8) -> None:
@@ -222,6 +251,7 @@ def main(args: argparse.Namespace) -> list[str]:
     problems += wrong_counts(name, args.root, images, labels)
     problems += labels_without_images(name, args.root, images, args.labels)
     problems += other_class_order(name, args.root)
+    unknown: list[str] = []
     labels.pop("train", None)
     if not ground_truth.labels_fit(name, words.names):
         print(f"Labels of {name} speak of its own classes, not of those in --classes: not opened.")
@@ -236,8 +266,8 @@ def main(args: argparse.Namespace) -> list[str]:
         if args.quick and len(found) > SAMPLE:
             chosen = sorted(random.Random(args.seed).sample(list(found), SAMPLE))
             found = {image: found[image] for image in chosen}
-        table = ground_truth.lookup_table(name, len(words)) if labels.get(split) else None
-        faults, counts = look_at_all(split, found, labels.get(split, {}), table, args.workers)
+        of_split = labels.get(split, {})
+        faults, counts = look_at_all(split, found, of_split, ground_truth.LabelReader(name, len(words)), args.workers)
         problems += faults[:SHOWN]
         if len(faults) > SHOWN:
             problems.append(f"{split}: {len(faults) - SHOWN} more files of {len(found)} have such faults.")
@@ -245,8 +275,16 @@ def main(args: argparse.Namespace) -> list[str]:
             print_classes(words.names, counts)
             if not counts[:, :len(words)].any():
                 problems.append(f"{split}: expected labels that name a class, found ignored pixels alone.")
+            if is_folder(name):
+                doubts, wrong = own_labels(found, of_split, words.names, counts)
+                unknown += doubts
+                problems += wrong
             if name in DATASETS and "context" in name:
                 print_both_orders(name, counts)
+    if unknown:
+        print("\nNot known:")
+        for doubt in unknown:
+            print(f"  - {doubt}")
     if problems:
         print(f"\n{len(problems)} to mend:")
         for number, problem in enumerate(problems, start=1):
@@ -254,7 +292,8 @@ def main(args: argparse.Namespace) -> list[str]:
     else:
         given = [("--root", args.root, "data"), ("--classes", args.classes, None)]
         repeated = "".join(f" {flag} {shlex.quote(value)}" for flag, value, default in given if value != default)
-        print(f"\nAll is well{' in this sample' if args.quick else ''}. "
+        where = " in what was compared" if unknown else ""
+        print(f"\nAll is well{where}{' in this sample' if args.quick else ''}. "
               f"Next: python rectify.py --data {shlex.quote(name)}{repeated}")
     return problems
 

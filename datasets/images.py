@@ -1,7 +1,16 @@
-"""Which images there are, and how a file becomes an RGB picture. For training and measuring; knows no label path."""
+"""Which images there are, and how a file becomes an RGB picture. For training and measuring; knows no label path.
+
+Every listing goes through `files_below` and every name through `kind_of`, so that no mask can be taken for a photograph.
+Both look at names alone: nothing that may be a label is opened.
+"""
 
 from __future__ import annotations
 
+import functools
+import os
+import re
+import unicodedata
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +20,126 @@ from tqdm import tqdm
 from datasets import DATASETS, is_folder
 from toyland.world import draw_dataset
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
 # Of the lists that earlier work hands out together (IIC, PiCIE, STEGO), the one that it measures 27 classes on.
 CURATED_LIST = "Coco164kFull_Stuff_Coarse_7.txt"
 
-# ------------------------------------------------------------------------------------------ which images
+# ---------------------------------------------------------------------------- what a name says
+
+# Formats that Pillow opens and that hold a photograph; not icons, stubs, drawings and films.
+NO_PHOTOS = {"BUFR", "CUR", "DCX", "EPS", "FITS", "FLI", "GBR", "GRIB", "HDF5", "ICNS", "ICO", "IMT", "IPTC", "MCIDAS",
+             "MPEG", "PCD", "PIXAR", "WMF", "XBM", "XPM", "XVTHUMB"}
+# Where exports keep masks, and how they name them (CVAT, labelme, Roboflow, VOC, ADE20K, Cityscapes, COCO-Stuff).
+MASK_FOLDERS = {"segmentationclass", "segmentationobject", "segmentationclassaug", "segmentationclasscontext",
+                "segmentationclasspng", "segmentationclassvisualization", "segmentationobjectpng", "masks", "mask",
+                "labels", "label", "annotations", "annotation", "gt", "gtfine", "gtcoarse", "groundtruth",
+                "ground_truth", "truth", "stuffthingmaps", "segmentations", "seg"}
+MASK_NAME = re.compile(r"([_.-](masks?|seg(mentation)?|parts_\d+|labels?|label\w*ids|gt|gt(fine|coarse)_\w+|groundtruth|"
+                       r"instanceids|color_mask|instance_?mask)|^instance_\d+_.*)$", re.IGNORECASE)
+LOSSY = {".jpg", ".jpeg", ".jpe", ".jfif"}              # what cameras write, and what no mask is kept in
+
+
+@functools.cache
+def image_suffixes() -> frozenset[str]:
+    """The file endings that this Pillow can open as a photograph."""
+    known = Image.registered_extensions()
+    return frozenset(end for end, kind in known.items() if kind in Image.OPEN and kind not in NO_PHOTOS)
+
+
+def kind_of(path: Path) -> str:
+    """What a file is by its relative path: "image", "mask", or its ending (".heic", ".txt", "no ending")."""
+    if path.suffix.lower() not in image_suffixes():
+        return path.suffix.lower() or "no ending"
+    if any(part.lower() in MASK_FOLDERS for part in path.parts[:-1]) or MASK_NAME.search(path.stem):
+        return "mask"
+    return "image"
+
+
+def same_name(name: str) -> str:
+    """What two spellings of a file name have in common: not letter case, nor how an accent is put together."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def files_below(folder: Path) -> list[Path]:
+    """All files under a folder, relative to it, sorted; through linked folders too, each folder once. No hidden ones."""
+    found, seen = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:                                # a link that leads back
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(place, name).relative_to(folder) for name in names if not name.startswith(".")]
+    return sorted(found)
+
+
+def existing(path: Path) -> Path | None:
+    """The file of this name, or of another spelling of it (`same_name`); None if there is none."""
+    if path.is_file() or not path.parent.is_dir():
+        return path if path.is_file() else None
+    return spellings(path.parent, path.parent.stat().st_mtime_ns).get(same_name(path.name))
+
+
+@functools.lru_cache(maxsize=8)
+def spellings(folder: Path, _changed: int) -> dict[str, Path]:
+    return {same_name(path.name): path for path in sorted(folder.iterdir())}
+
+
+# ---------------------------------------------------------------------------- a folder of one's own
+
+
+def images_in(folder: Path) -> dict[str, Path]:
+    """All photographs under a folder, also in its sub-folders: id (relative path without its ending) → path.
+
+    Prints what it left out: masks, which no training may look at, and files that are no photographs.
+    """
+    refuse_missing_folder(folder)
+    kinds = {path: kind_of(path) for path in files_below(folder)}
+    cameras: dict[str, set[Path]] = {}                  # a photograph's name → the folders that hold one
+    for path, kind in kinds.items():
+        if kind == "image" and path.suffix.lower() in LOSSY:
+            cameras.setdefault(same_name(path.stem), set()).add(path.parent)
+    for path, kind in kinds.items():                    # 0001.png beside pictures/0001.jpg: a mask of that photograph
+        twins = cameras.get(same_name(path.stem), {path.parent})
+        if kind == "image" and path.suffix.lower() not in LOSSY and path.parent not in twins:
+            kinds[path] = "mask"
+    photos = [path for path, kind in kinds.items() if kind == "image"]
+    said = left_out(kinds)
+    if not photos:
+        raise ValueError(f"--data {folder}: expected photographs (.jpg, .png, … what Pillow reads) in this folder, found "
+                         f"none. {said}".strip())
+    found: dict[str, Path] = {}
+    for path in photos:
+        name = path.with_suffix("").as_posix()
+        if name in found:
+            raise ValueError(f"--data {folder}: expected every name once, since results are kept by name; found "
+                             f"{found[name].name} and {path.name}, which differ only in their suffix. Rename one, or "
+                             "keep masks in a folder of their own and name it to evaluate.py --labels.")
+        found[name] = folder / path
+    if said:
+        print(f"{folder}: {len(found)} photographs. {said}")
+    return found
+
+
+def left_out(kinds: dict[Path, str]) -> str:
+    """What a listing passed over, in a sentence; "" if nothing."""
+    masks = [str(path) for path, kind in kinds.items() if kind == "mask"]
+    counts = Counter(kind for kind in kinds.values() if kind not in ("image", "mask"))
+    parts = [f"{len(masks)} masks, as their names say ({', '.join(masks[:2])}{', …' if len(masks) > 2 else ''})"] \
+        if masks else []
+    parts += [f"{count} {kind}{' (convert to JPEG)' if kind in ('.heic', '.heif') else ''}"
+              for kind, count in sorted(counts.items())]
+    return f"Left out: {', '.join(parts)}." if parts else ""
+
+
+def refuse_missing_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--data {folder}: expected toyland, voc, or a folder of images (also known: "
+                                f"{', '.join(name for name in DATASETS if name not in ('toyland', 'voc'))}); found no "
+                                "folder of that name.")
+
+
+# ---------------------------------------------------------------------------- a dataset
 
 
 def training_images(data: str, root: str) -> dict[str, Path]:
@@ -40,7 +164,7 @@ def how_to_get(name: str) -> str:
 
 
 def find(name: str, root: str) -> Path:
-    """The folder under `root` where the dataset's tree begins. Raises FileNotFoundError, saying what to get from where."""
+    """The folder under `root` where the dataset's tree begins. Raises FileNotFoundError, saying what to get where."""
     dataset = DATASETS[name]
     folders = dict.fromkeys(dataset.images.replace("{split}", split).split("{id}")[0].rstrip("/")
                             for split in dataset.splits.values())
@@ -68,7 +192,7 @@ def image_files(name: str, root: str, split: str) -> dict[str, Path]:
 
 
 def list_of(name: str, base: Path, split: str) -> Path | None:
-    """The list that says which images a split holds: one that belongs to the dataset, or a curated one if it lies there."""
+    """The list that says which images a split holds: the dataset's own, or a curated one if it lies there."""
     dataset = DATASETS[name]
     if dataset.lists:
         return base / dataset.lists.replace("{split}", dataset.splits[split])
@@ -83,14 +207,16 @@ def list_of(name: str, base: Path, split: str) -> Path | None:
 
 
 def fitting(base: Path, pattern: str) -> dict[str, Path]:
-    """All files under `base` that fit a pattern: id → path, sorted by id.
+    """All files under `base` that fit a pattern: id → path, sorted by id. Letter case of the ending is nothing.
 
-    An id is what stands for {id}, sub-folders and all: "leftImg8bit/val/{id}_leftImg8bit.png" gives aachen/aachen_0. So
-    it is unique, and the same in the patterns of images and of labels. Hidden files are no images (macOS packs some).
+    An id is what stands for {id}, sub-folders and all: "leftImg8bit/val/{id}_leftImg8bit.png" gives aachen/aachen_0.
+    So it is unique, and the same in the patterns of images and of labels. In a pattern of images no mask fits.
     """
     before, after = pattern.split("{id}")
-    paths = (path for path in (base / before).rglob(f"*{after}") if not path.name.startswith("."))
-    return dict(sorted((path.relative_to(base / before).as_posix().removesuffix(after), path) for path in paths))
+    folder, of_labels = base / before, kind_of(Path(pattern)) == "mask"
+    paths = [path for path in files_below(folder) if path.name.lower().endswith(after.lower())
+             and (of_labels or kind_of(path) != "mask")]
+    return dict(sorted((path.as_posix()[:len(path.as_posix()) - len(after)], folder / path) for path in paths))
 
 
 def listed(path: Path, base: Path, pattern: str, tree: str) -> dict[str, Path]:
@@ -101,61 +227,76 @@ def listed(path: Path, base: Path, pattern: str, tree: str) -> dict[str, Path]:
     ids = sorted({line.split()[0] for line in lines if line.strip()})
     if not ids:
         raise ValueError(f"{path}: expected image ids, one a line; found an empty list.")
-    found = {name: base / pattern.replace("{id}", name) for name in ids}
-    missing = [image for image in found.values() if not image.is_file()]
-    if missing:
+    if wrong := [name for name in ids if name.lower().endswith(Path(pattern).suffix.lower())]:
+        raise ValueError(f"{path}: expected ids alone, one a line (as {Path(wrong[0]).stem}); found a path or a file "
+                         f"name: {wrong[0]}. Take folders and endings away.")
+    found = {name: existing(base / pattern.replace("{id}", name)) for name in ids}
+    if missing := [base / pattern.replace("{id}", name) for name, image in found.items() if image is None]:
         raise FileNotFoundError(f"{path} names {len(ids)} images: expected all of them in {missing[0].parent}, found "
-                                f"{len(missing)} missing; the first is {missing[0]}. Unpack the archive again or mend the "
-                                "list.")
+                                f"{len(missing)} missing; the first is {missing[0]}. Unpack the archive again or mend "
+                                "the list.")
     return found
 
 
-
-def images_in(folder: Path) -> dict[str, Path]:
-    """All images under a folder, also in its sub-folders: id (relative path without suffix) → path."""
-    refuse_missing_folder(folder)
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
-                   and not any(part.startswith(".") for part in path.relative_to(folder).parts))    # ._a.jpg, .thumbnails
-    if not paths:
-        raise ValueError(f"--data {folder}: expected images ({', '.join(sorted(IMAGE_SUFFIXES))}) in this folder, found none.")
-    found: dict[str, Path] = {}
-    for path in paths:
-        name = path.relative_to(folder).with_suffix("").as_posix()
-        if name in found:
-            raise ValueError(f"--data {folder}: expected every name once, since results are kept by name; found "
-                             f"{found[name].name} and {path.name}, which differ only in their suffix. Rename one.")
-        found[name] = path
-    refuse_labels_among(found, folder)
-    return found
+# ---------------------------------------------------------------------------- files → pictures
 
 
-def refuse_missing_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"--data {folder}: expected toyland, voc, or a folder of images (also known: "
-                                f"{', '.join(list(DATASETS)[1:])}); found no folder of that name.")
+def read_image(path: Path) -> Image.Image:
+    """An image as RGB, as a viewer shows it: upright, and white where it is transparent. Raises ValueError naming a
+    file that cannot be read."""
+    return to_rgb(open_image(path), path)
 
 
-def refuse_labels_among(images: dict[str, Path], folder: Path) -> None:
-    """Raise ValueError for an index picture with the name of another image: a label, which no training may look at."""
-    by_stem: dict[str, list[Path]] = {}
-    for path in images.values():
-        by_stem.setdefault(path.stem, []).append(path)
-    for same in by_stem.values():
-        for path in same if len(same) > 1 else []:
-            if path.suffix.lower() == ".png" and mode_of(path) in ("P", "L", "1", "I;16", "I"):
-                other = next(other for other in same if other != path)
-                raise ValueError(f"--data {folder}: expected photographs alone, found {path}, an index picture with the name "
-                                 f"of {other}. It looks like a label: labels lie in a folder of their own, outside of this "
-                                 "one, and are named by evaluate.py --labels.")
-
-
-def mode_of(path: Path) -> str | None:
-    """Pillow's mode of an image file by its header; None for a file that cannot be read."""
+def open_image(path: Path) -> Image.Image:
+    """An image, decoded and turned upright if the camera says so, in its own mode."""
     try:
         with Image.open(path) as image:
-            return image.mode
-    except Exception:                                   # whoever needs its pixels will say what is wrong
-        return None
+            upright = ImageOps.exif_transpose(image)
+            upright.load()
+            return upright
+    except FileNotFoundError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path}: expected at most {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels, Pillow's limit "
+                         f"for a picture that fits into memory; found more ({error}). Scale it down.") from error
+    except MemoryError:
+        raise
+    except Exception as error:                          # Pillow raises nearly anything for a broken file
+        raise ValueError(f"{path}: expected an image, found a file that cannot be read ({error}). It may be "
+                         "truncated: fetch it again, take it out of the list, or add --skip-broken.") from error
+
+
+def to_rgb(image: Image.Image, name: Path | str = "the image") -> Image.Image:
+    """Any mode → RGB. Transparent pixels become white; 16 bits are scaled to 8. Raises ValueError for other numbers."""
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    if image.mode[0] not in "IF":
+        return image.convert("RGB")
+    values = np.asarray(image)
+    if image.mode == "F" or image.mode == "I" and not (values.min() >= 0 and 255 < values.max() <= 65535):
+        kind = "floating-point" if image.mode == "F" else "32-bit"
+        raise ValueError(f"{name}: expected 8 or 16 bits, found {kind} numbers from {values.min()} to {values.max()}: "
+                         "nothing says which of them is white. Convert it.")
+    # 16-bit grey: Pillow's own conversion would make all above 255 white.
+    return Image.fromarray((values / 257).round().astype(np.uint8)).convert("RGB")
+
+
+def see_through(image: Image.Image) -> np.ndarray | None:
+    """Which pixels are wholly transparent: (H, W) bool, or None where none can be."""
+    return np.asarray(image.convert("RGBA"))[..., 3] == 0 if image.has_transparency_data else None
+
+
+def turned(images: dict[str, Path]) -> int:
+    """How many photographs carry an EXIF orientation by which they are turned."""
+    count = 0
+    for path in images.values():
+        try:
+            with Image.open(path) as image:
+                count += image.getexif().get(0x0112, 1) not in (0, 1)
+        except Exception:                               # whoever needs its pixels will say what is wrong
+            pass
+    return count
 
 
 def readable(images: dict[str, Path]) -> tuple[dict[str, Path], dict[str, str]]:
@@ -169,30 +310,7 @@ def readable(images: dict[str, Path]) -> tuple[dict[str, Path], dict[str, str]]:
     return {name: path for name, path in images.items() if name not in broken}, broken
 
 
-# ------------------------------------------------------------------------------------------ files → pictures
-
-
-def read_image(path: Path) -> Image.Image:
-    """An image as RGB, turned upright if the camera says so. Raises ValueError naming a file that cannot be read."""
-    try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode[0] not in "IF":
-                return upright.convert("RGB")
-            values, mode = np.asarray(upright), upright.mode
-    except FileNotFoundError:
-        raise
-    except Exception as error:                          # Pillow raises nearly anything for a broken file
-        raise ValueError(f"{path}: expected an image, found a file that cannot be read ({error}). It may be "
-                         "truncated: fetch it again, take it out of the list, or add --skip-broken.") from error
-    if mode == "F" or mode == "I" and not (values.min() >= 0 and 255 < values.max() <= 65535):
-        raise ValueError(f"{path}: expected 8 or 16 bits, found {'floating-point' if mode == 'F' else '32-bit'} numbers from "
-                         f"{values.min()} to {values.max()}: nothing says which of them is white. Convert it.")
-    # 16-bit grey: Pillow's own conversion would make all above 255 white.
-    return Image.fromarray((values / 257).round().astype(np.uint8)).convert("RGB")
-
-
-# ------------------------------------------------------------------------------------------ a download
+# ---------------------------------------------------------------------------- a download
 
 
 def download(data: str, root: str) -> None:
@@ -200,18 +318,21 @@ def download(data: str, root: str) -> None:
 
     The other public datasets ask for a registration or lie on slow mirrors: the error says what to unpack where.
     """
-    if data not in DATASETS:
-        raise ValueError(f"--download: expected --data voc, the one dataset that can be fetched here; found {data}.")
+    if is_folder(data):
+        raise ValueError("--download: expected --data voc, the one dataset that can be fetched here; found "
+                         f"{data}.")
+    if data == "toyland":
+        return
     try:
         find(data, root)
         return
     except FileNotFoundError as missing:
         if data != "voc":
-            raise ValueError(f"--download: expected --data voc, the one dataset that can be fetched here; found {data}. "
-                             f"{missing}") from None
+            raise ValueError("--download: expected --data voc, the one dataset that can be fetched here; found "
+                             f"{data}. {missing}") from None
     from torchvision.datasets import VOCSegmentation
     try:
         VOCSegmentation(root, year="2012", image_set="train", download=True)
     except RuntimeError as error:
-        raise OSError(f"PASCAL VOC 2012 could not be fetched ({error}). Try again, or unpack {DATASETS['voc'].archive} "
-                      f"under {root} yourself.") from error
+        raise OSError(f"PASCAL VOC 2012 could not be fetched ({error}). Try again, or unpack "
+                      f"{DATASETS['voc'].archive} under {root} yourself.") from error

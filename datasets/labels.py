@@ -2,7 +2,7 @@
 
 Imported by what measures (evaluate.py, paper/, datasets/check.py), not by rectify.py, distill.py or what these import:
 what is read here can reach no training. Label files differ in what their values mean; `lookup_table` says it for each
-dataset, and a value that it lacks is an error.
+dataset, and a value that it lacks is an error. `LabelReader` is the one place where a file becomes classes.
 
     C classes · H,W pixels
 """
@@ -16,45 +16,75 @@ import numpy as np
 from PIL import Image
 
 from datasets import DATASETS, IGNORE, is_folder
-from datasets.images import find
+from datasets.images import existing, files_below, find, same_name
 
-# ------------------------------------------------------------------------------------------ which files
+# ---------------------------------------------------------------------------- which files
 
 
 def true_label_files(data: str, root: str, ids: list[str], labels: str | None = None) -> dict[str, Path]:
-    """id → label file of those validation images that have one. May be empty.
+    """id → label file of those validation images that have one. May be empty. Prints how many have none.
 
-    `labels` is the folder of index pictures that belongs to a user's own images (same stems, .png). Where a public dataset's
-    labels could be read in two ways, prints which is taken; raises ValueError when that is seen to be the wrong one.
+    `labels` is the folder of index pictures that belongs to a user's own images (same names, .png). Where a public
+    dataset's labels could be read in two ways, prints which is taken; raises ValueError when that is seen to be wrong.
     """
-    if data in DATASETS:
+    if is_folder(data):
+        found = labels_in(Path(labels), ids) if labels is not None else {}
+    else:
         found = label_files(data, root, "val", ids)
         if found and (said := how_labels_are_read(data, root, found)):
             print(said)
-    elif labels is not None:
-        if not Path(labels).is_dir():
-            raise FileNotFoundError(f"--labels {labels}: expected a folder of index pictures, found none.")
-        found = {name: Path(labels) / f"{name}.png" for name in ids}
-        if not any(path.exists() for path in found.values()):
-            raise ValueError(f"--labels {labels}: expected PNG files with the images' names ({ids[0]}.png, …), found none "
-                             "of them.")
-    else:
-        found = {}
-    return {name: path for name, path in found.items() if path.exists()}
+    if found and len(found) < len(ids):
+        print(f"{len(found)} of {len(ids)} images have a label; the others are not measured.")
+    return found
 
 
-# ------------------------------------------------------------------------------------------ what their values mean
+def labels_in(folder: Path, ids: list[str]) -> dict[str, Path]:
+    """The index pictures of a user's folder, id → path. Letter case and the spelling of accents are nothing."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--labels {folder}: expected a folder of index pictures, found none.")
+    there: dict[str, Path] = {}
+    for path in files_below(folder):
+        if path.suffix.lower() == ".png":
+            name = same_name(path.with_suffix("").as_posix())
+            if name in there:
+                raise ValueError(f"--labels {folder}: expected every name once, found {there[name]} and {path}. Remove "
+                                 "one of them.")
+            there[name] = path
+    found = {name: folder / there[same_name(name)] for name in ids if same_name(name) in there}
+    if not found:
+        raise ValueError(f"--labels {folder}: expected PNG files with the images' names ({ids[0]}.png, …), found none "
+                         f"of them{f' among {len(there)}, as {next(iter(there.values()))}' if there else ''}.")
+    return found
+
+
+def label_files(name: str, root: str, split: str, ids: list[str]) -> dict[str, Path]:
+    """id → label file, of those ids that have one, in the first encoding that is there."""
+    dataset, base = DATASETS[name], find(name, root)
+    patterns = [pattern.replace("{split}", dataset.splits[split]) for pattern in dataset.labels.values()]
+    found = {}
+    for image in ids:
+        candidates = (existing(base / pattern.replace("{id}", image)) for pattern in patterns)
+        if (path := next(filter(None, candidates), None)) is not None:
+            found[image] = path
+    return found
+
+
+def endings(name: str) -> dict[str, str]:
+    """How the name of a label file ends → its encoding. Ends of one dataset differ."""
+    return {pattern.split("{id}")[1]: encoding for encoding, pattern in DATASETS[name].labels.items()}
+
+
+# ---------------------------------------------------------------------------- what their values mean
 
 
 def lookup_table(data: str, classes: int) -> np.ndarray | dict[str, np.ndarray]:
-    """value in a label file → class, (256,) int16. 255: ignored; −1: may not occur.
+    """Value in a label file → class, (256,) int16. 255: ignored; −1: may not occur.
 
-    Of a dataset whose label files come in several encodings (Cityscapes): one such table for each end of a file's name.
+    Of a dataset whose label files come in several encodings (Cityscapes): one table for each end of a file's name.
     """
-    if data not in DATASETS:
-        return table_of(dict(enumerate(range(classes))), ignored=[])
-    tables = {end: table_of(*DATASETS[data].label_values(encoding))
-              for end, encoding in endings(data).items()}
+    if is_folder(data):
+        return table_of(dict(enumerate(range(classes))), ignored=[IGNORE])
+    tables = {end: table_of(*DATASETS[data].label_values(encoding)) for end, encoding in endings(data).items()}
     return tables if len(tables) > 1 else next(iter(tables.values()))
 
 
@@ -62,7 +92,7 @@ def table_of(class_of: dict[int, int], ignored: list[int]) -> np.ndarray:
     """Value → class as a table, (256,) int16, with −1 for what is neither a class nor ignored."""
     table = np.full(256, -1, dtype=np.int16)
     table[list(class_of)] = list(class_of.values())
-    table[[*ignored, IGNORE]] = IGNORE
+    table[ignored] = IGNORE
     return table
 
 
@@ -71,79 +101,123 @@ def labels_fit(data: str, names: list[str]) -> bool:
 
     A class may go by another name ("plane"), but not by that of another class.
     """
-    own = DATASETS[data].names if data in DATASETS else names
-    return len(names) == len(own) and all(name not in own or own.index(name) == place for place, name in enumerate(names))
+    own = names if is_folder(data) else DATASETS[data].names
+    return len(names) == len(own) and all(name not in own or own.index(name) == place
+                                          for place, name in enumerate(names))
 
 
 def refuse_other_classes(data: str, names: list[str]) -> None:
     """Raise ValueError when a known dataset's labels are to be read with classes that are not its own."""
     if not labels_fit(data, names):
-        raise ValueError(f"the labels of {data} speak of its own {len(DATASETS[data].names)} classes: expected as many, in its "
-                         f"order, found {len(names)} in --classes: {', '.join(names[:8])}, … Other classes can be looked at "
-                         "(segment.py), not measured.")
+        raise ValueError(f"the labels of {data} speak of its own {len(DATASETS[data].names)} classes: expected as many, "
+                         f"in its order, found {len(names)} in --classes: {', '.join(names[:8])}, … Other classes can "
+                         "be looked at (segment.py), not measured.")
 
 
-# ------------------------------------------------------------------------------------------ files → classes
+# ---------------------------------------------------------------------------- files → classes
+
+LOSSLESS = {"PNG", "TIFF", "BMP", "GIF", "PPM", "TGA"}      # and WebP, where its first chunk says so
 
 
-def read_label(path: Path, table: np.ndarray | dict[str, np.ndarray], size: tuple[int, int]) -> np.ndarray:
-    """a label file → classes (H, W) int64 by the look-up table (see `lookup_table`).
+class LabelReader:
+    """The label files of one dataset → classes. Remembers the colour of every value: a palette that a tool has sorted
+    anew makes one value two colours, and the classes behind it others."""
 
-    Raises ValueError, naming file and values, when a value is not in the table or the size (H, W) is not the image's.
-    """
-    table = table_for(path, table)
-    values = label_picture(path)
-    if values.shape != size:
-        raise ValueError(f"{path}: expected a label of {size[0]}×{size[1]} pixels, as its image; found {values.shape[0]}×"
-                         f"{values.shape[1]}.")
-    classes = table[values]
-    if (classes < 0).any():
-        unknown = np.unique(values[classes < 0]).tolist()
-        raise ValueError(f"{path}: expected the values {describe(table)}; found {unknown}. The label was made for another "
-                         "class list, or is a colour picture.")
-    return classes.astype(np.int64)
+    def __init__(self, data: str, classes: int):
+        self.data, self.table, self.colours = data, lookup_table(data, classes), {}
+        dataset = DATASETS.get(data)
+        if dataset is not None and dataset.palette_is_official:
+            [encoding] = dataset.labels
+            self.colours = {value: (dataset.palette[number], "the dataset's own colours")
+                            for value, number in dataset.label_values(encoding)[0].items()}
+
+    def __call__(self, path: Path, size: tuple[int, int]) -> np.ndarray:
+        """A label file → classes (H, W) int64.
+
+        Raises ValueError, naming the file, when a value is not in the table, the size (H, W) is not the image's, or
+        the file shows that its values mean something else.
+        """
+        table, (values, palette) = table_for(path, self.table), label_picture(path)
+        if values.shape != size:
+            turned = " The sides are swapped: was the photograph turned by its EXIF orientation? Labels are taken as " \
+                     "upright." if values.shape == size[::-1] else ""
+            raise ValueError(f"{path}: expected a label of {size[0]}×{size[1]} pixels, as its image; found "
+                             f"{values.shape[0]}×{values.shape[1]}.{turned}")
+        classes, there = table[values], np.unique(values)
+        if unknown := [int(value) for value in there if table[value] < 0]:
+            hint = DATASETS[self.data].other_values if self.data in DATASETS else ""
+            raise ValueError(f"{path}: expected the values {describe(table)}; found {unknown}. "
+                             + (hint or "The label was made for another class list, or is a colour picture."))
+        self.refuse_sorted_palette(path, there, palette)
+        return classes.astype(np.int64)
+
+    def refuse_sorted_palette(self, path: Path, values: np.ndarray, palette: list[tuple[int, int, int]]) -> None:
+        """Raise ValueError when a value has another colour here than before. A palette of greys says nothing."""
+        shown = {int(value): palette[value] for value in values if value < len(palette)}
+        if all(colour == (value,) * 3 for value, colour in shown.items()):
+            return
+        for value, colour in shown.items():
+            before, where = self.colours.setdefault(value, (colour, path))
+            if colour != before and value != IGNORE:
+                raise ValueError(f"{path}: expected the value {value} to have the colour {before} as in {where}, found "
+                                 f"{colour}. A program has sorted the palette anew, so that values mean other classes: "
+                                 "take the files as they were before it saved them.")
 
 
-def label_picture(path: Path) -> np.ndarray:
-    """the values of a label file, (H, W) uint8. Raises ValueError naming one that cannot be used."""
+def label_picture(path: Path) -> tuple[np.ndarray, list[tuple[int, int, int]]]:
+    """The values of a label file, (H, W) uint8, and its palette, [] if it has none. Raises ValueError naming one that
+    cannot be used."""
     try:
         with Image.open(path) as image:
+            lossless = image.format in LOSSLESS or image.format == "WEBP" and is_lossless_webp(path)
+            if not lossless:
+                raise ValueError(f"expected a lossless file, found {image.format}, which changes values: save labels "
+                                 "as PNG from their source")
             if image.mode not in ("P", "L", "1"):
-                raise ValueError(f"expected an index picture (mode P or L), found mode {image.mode}")
-            return np.asarray(image, dtype=np.uint8)
+                raise ValueError(f"expected an index picture (mode P or L), found mode {image.mode}. Colours must "
+                                 "become class numbers: write one number a pixel, by a table from colour to class, and "
+                                 "save it as an 8-bit PNG")
+            channels = (image.getpalette() or []) if image.mode == "P" else []
+            return np.array(image, dtype=np.uint8), list(zip(channels[::3], channels[1::3], channels[2::3]))
     except Exception as error:
-        raise ValueError(f"{path}: expected a label, found a file that cannot be used as one ({error}). Mend or replace "
-                         "it.") from error
+        raise ValueError(f"{path}: expected a label, found a file that cannot be used as one ({error}). Mend or "
+                         "replace it.") from error
+
+
+def is_lossless_webp(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return b"VP8L" in file.read(64)
 
 
 def table_for(path: Path, table: np.ndarray | dict[str, np.ndarray]) -> np.ndarray:
-    """the table of one label file; among several the end of the file's name decides."""
+    """The table of one label file; among several the end of the file's name decides."""
     if not isinstance(table, dict):
         return table
-    return next(one for end, one in table.items() if path.name.endswith(end))
+    return next(one for end, one in table.items() if path.name.lower().endswith(end.lower()))
 
 
 def describe(table: np.ndarray) -> str:
+    """The values that may occur, as "0..20 and 255"."""
     known = np.flatnonzero(table >= 0)
-    return f"{known[0]}..{known[-2]} and 255"
+    pieces = np.split(known, np.flatnonzero(np.diff(known) > 1) + 1)
+    said = [f"{piece[0]}..{piece[-1]}" if len(piece) > 1 else str(piece[0]) for piece in pieces]
+    return ", ".join(said[:-1]) + (" and " if len(said) > 1 else "") + said[-1]
 
 
-
-def label_files(name: str, root: str, split: str, ids: list[str]) -> dict[str, Path]:
-    """For evaluation alone: id → label file, of those ids that have one, in the first encoding that is there."""
-    dataset, base = DATASETS[name], find(name, root)
-    patterns = [pattern.replace("{split}", dataset.splits[split]) for pattern in dataset.labels.values()]
-    candidates = {image: [base / pattern.replace("{id}", image) for pattern in patterns] for image in ids}
-    first = {image: next((path for path in paths if path.exists()), None) for image, paths in candidates.items()}
-    return {image: path for image, path in first.items() if path is not None}
-
-
-def endings(name: str) -> dict[str, str]:
-    """For evaluation alone: how the name of a label file ends → its encoding. Ends of one dataset differ."""
-    return {pattern.split("{id}")[1]: encoding for encoding, pattern in DATASETS[name].labels.items()}
+def refuse_binary_masks(labels: dict[str, Path], classes: int) -> None:
+    """Raise ValueError for a user's masks of 0 and 255 alone: 255 is "ignored", so the second class would have none."""
+    values = set()
+    for path in labels.values():
+        values |= set(np.unique(label_picture(path)[0]).tolist())
+        if values - {0, IGNORE}:
+            return
+    if values == {0, IGNORE}:
+        raise ValueError(f"--labels {next(iter(labels.values())).parent}: expected class numbers 0 to {classes - 1}, and "
+                         "255 for pixels that no measure counts; found 0 and 255 alone. Masks of an editor have 255 for "
+                         "the second class: write 1 instead.")
 
 
-# ------------------------------------------------------------------------------------------ labels that could be read in two ways
+# ---------------------------------------------------------------------------- labels that could be read in two ways
 
 
 def how_labels_are_read(data: str, root: str, labels: dict[str, Path]) -> str:
@@ -188,11 +262,11 @@ def context_agreement(base: Path, labels: dict[str, Path], most: int = 50) -> tu
     names = DATASETS["context"].names
     class_of = {value: names.index("table" if name == "dining table" else name)
                 for value, name in enumerate(DATASETS["voc"].names[1:], start=2)}
-    voc = table_of(class_of, ignored=[0, 1])
+    voc = table_of(class_of, ignored=[0, 1, IGNORE])
     tables = {order: lookup_table(name, len(names)) for order, name in context_orders().items()}
     agree, pixels = dict.fromkeys(tables, 0), 0
     for context_path, voc_path in itertools.islice(pairs, most):
-        values, expected = label_picture(context_path), voc[label_picture(voc_path)]
+        values, expected = label_picture(context_path)[0], voc[label_picture(voc_path)[0]]
         if values.shape == expected.shape:
             both = (expected != IGNORE) & (tables["alphabetical"][values] != IGNORE)
             pixels += int(both.sum())

@@ -6,6 +6,8 @@ A class list is a dataset's own, or a text file with one class a line. Opens no 
 from __future__ import annotations
 
 import functools
+import json
+import re
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,39 +54,93 @@ def vocabulary_of(data: str, synonyms: tuple[tuple[str, ...], ...]) -> Vocabular
 
 
 def read_classes(path: Path) -> tuple[tuple[str, ...], ...]:
-    """A text file with one class a line, synonyms after commas. Empty lines and lines from # on are passed over."""
+    """A text file with one class a line, synonyms after commas; or what other programs write (`class_lines`)."""
     if not path.is_file():
         raise FileNotFoundError(f"--classes {path}: expected a text file with one class name a line, found no such file.")
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"--classes {path}: expected a UTF-8 text file, found other bytes ({error.reason}). "
                          "Save it as UTF-8.") from error
-    return parse_classes([line for line in lines if line.strip() and not line.lstrip().startswith("#")],
-                         source=f"--classes {path}")
+    return parse_classes(class_lines(text, source=f"--classes {path}"), source=f"--classes {path}")
+
+
+NUMBERED = re.compile(r"^(\d+)\s*[:,;=\t ]\s*(\S.*)$")
+
+
+def class_lines(text: str, source: str) -> list[str]:
+    """The class names of a file, in the order of their numbers: lines with synonyms after commas.
+
+    Also read: JSON (a list of names or of objects with a "name", or number → name), CVAT's labelmap.txt, labelme's
+    labels.txt, "0: name" on every line, YAML's "- name", semicolons between synonyms. Empty lines and lines from # on
+    are passed over. Raises ValueError where numbers do not count from 0: label pictures would mean other classes.
+    """
+    text = "".join(letter for letter in text if unicodedata.category(letter) != "Cf")      # invisible letters
+    of_cvat = text.lstrip().lower().startswith("# label:color_rgb")
+    if text.lstrip()[:1] in ("[", "{"):
+        lines = json_names(text, source)
+    else:
+        lines = [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    if of_cvat:
+        lines = [line.partition(":")[0] for line in lines]
+    if lines and lines[0].lower().replace(" ", "").startswith(("pixelvalue,", "id,name", "index,", "number,name")):
+        lines = lines[1:]                                               # the header of a table
+    lines = [line.removeprefix("- ") for line in lines]
+    numbered = [NUMBERED.match(line) for line in lines]
+    if lines and all(numbered):
+        numbers = [int(match[1]) for match in numbered]
+        if numbers != list(range(len(lines))):
+            raise ValueError(f"{source}: expected numbers that count from 0, as values in label pictures do, found "
+                             f"{', '.join(map(str, numbers[:5]))}{', …' if len(numbers) > 5 else ''}. Put the lines in "
+                             "the order of the values and take the numbers away.")
+        lines = [match[2] for match in numbered]
+    if "__ignore__" in lines:                                           # labelme: its value is 255, and no class
+        lines.remove("__ignore__")
+    lines = ["background" if line == "_background_" else line for line in lines]
+    return [line.replace(";", ",") for line in lines]
+
+
+def json_names(text: str, source: str) -> list[str]:
+    try:
+        content = json.loads(text)
+        if isinstance(content, dict):
+            content = content.get("categories", content.get("names", content.get("labels", content)))
+        if isinstance(content, dict):                                   # number → name, or name → number
+            pairs = [(number, name) if str(number).isdecimal() else (name, number) for number, name in content.items()]
+            content = [f"{int(number)}: {name}" for number, name in sorted(pairs, key=lambda pair: int(pair[0]))]
+        return [one["name"] if isinstance(one, dict) else str(one) for one in content]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{source}: expected a JSON list of names, found another content ({error}). Write one class "
+                         "name a line.") from error
 
 
 def parse_classes(lines: list[str], source: str) -> tuple[tuple[str, ...], ...]:
     """Lines of comma-separated synonyms → names per class. Raises ValueError unless there are 2 to 255 different ones."""
-    synonyms = tuple(tuple(name for name in (part.strip() for part in line.split(",")) if name) for line in lines)
+    synonyms = tuple(tuple(name for name in (part.strip().strip(QUOTES).strip() for part in line.split(",")) if name) for line in lines)
     if len(synonyms) < 2:
-        raise ValueError(f"{source}: expected at least two classes, found {len(synonyms)}. A class is told from the others: "
-                         "with one there is nothing to decide. Add what else is in the images (wall, grass, sky, …).")
+        raise ValueError(f"{source}: expected at least two classes, found {len(synonyms)}. A class is told from the "
+                         "others: with one there is nothing to decide. Write one class a line, and add what else is in "
+                         "the images (wall, grass, sky, …).")
     if len(synonyms) > IGNORE:
-        raise ValueError(f"{source}: expected at most {IGNORE} classes (a label picture has 256 values), found {len(synonyms)}.")
-    seen: dict[tuple[int, ...], tuple[str, int]] = {}       # by what CLIP reads: letter case and extra spaces are nothing
+        raise ValueError(f"{source}: expected at most {IGNORE} classes (a label picture has 256 values), found "
+                         f"{len(synonyms)}.")
+    seen: dict[tuple[int, ...], tuple[str, int]] = {}   # by what CLIP reads: letter case and extra spaces are nothing
     for number, names in enumerate(synonyms, start=1):
         if not names:
-            raise ValueError(f"{source}: expected a name for class {number}, found only commas. Name it or remove the line.")
+            raise ValueError(f"{source}: expected a name for class {number}, found only commas. Name it or remove the "
+                             "line.")
         for name in names:
             tokens = tokens_of_name(name, source)
             if tokens in seen:
                 other, where = seen[tokens]
                 same = "" if other.lower() == name.lower() else f": to CLIP it is the same as {other!r}"
-                raise ValueError(f"{source}: expected every name once, found {name!r} at class {where} and at class {number}"
-                                 f"{same}. Remove one of them.")
+                raise ValueError(f"{source}: expected every name once, found {name!r} at class {where} and at class "
+                                 f"{number}{same}. Remove one of them.")
             seen[tokens] = name, number
     return synonyms
+
+
+QUOTES = " \t\"\u201c\u201d\u201e\u2018\u00ab\u00bb"        # straight and curly; an apostrophe may belong to a name
 
 
 def tokens_of_name(name: str, source: str) -> tuple[int, ...]:

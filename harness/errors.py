@@ -4,6 +4,7 @@ traceback."""
 from __future__ import annotations
 
 import contextlib
+import dis
 import os
 import sys
 import traceback
@@ -56,6 +57,13 @@ def paragraph(error: Exception) -> str | None:
 
 
 def raised_on_purpose(error: Exception) -> bool:
-    """Whether a `raise` of this project made it, and not Python or a library that stumbled over our code."""
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    return Path(where.filename).resolve().is_relative_to(PROJECT) and where.line.startswith("raise")
+    """Whether a `raise` of this project made it, and not Python or a library that stumbled over our code.
+
+    The code that runs is asked, not its file: that may have been edited since a long training began.
+    """
+    last = error.__traceback__
+    while last.tb_next is not None:
+        last = last.tb_next
+    code, path = last.tb_frame.f_code, Path(last.tb_frame.f_code.co_filename).resolve()
+    ours = path.is_relative_to(PROJECT) and "site-packages" not in path.relative_to(PROJECT).parts
+    return ours and code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]

@@ -20,6 +20,7 @@ import os
 import shutil
 import signal
 import time
+import typing
 from pathlib import Path
 
 from harness.files import locked, read, refuse_folders, save, write_atomically, write_json
@@ -73,9 +74,10 @@ def load(path: Path, stage: str, needs: dict[str, type] = SETTINGS) -> dict:
     if wrong:
         raise ValueError(f"{path}: expected a checkpoint as this version writes it, found no "
                          f"{', '.join(wrong)} of the expected kind. {again}")
-    not_finite = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
+    not_finite = [str(name) for name, tensor in weights.items()
+                  if not hasattr(tensor, "isfinite") or not tensor.isfinite().all()]
     if not_finite:
-        raise ValueError(f"{path}: expected finite weights, found NaN or infinity in "
+        raise ValueError(f"{path}: expected tensors of finite weights, found others, NaN or infinity in "
                          f"{', '.join(not_finite[:4])}. {again}")
     return content | {"path": path}
 
@@ -92,14 +94,17 @@ def load_weights(module, checkpoint: dict) -> None:
 
 
 def recipe_in(checkpoint: dict, kind: type, key: str = "recipe"):
-    """The recipe that a checkpoint was trained with, as the dataclass `kind`. Raises ValueError for one of
-    other fields."""
-    try:
-        return kind(**{name: tuple(value) if isinstance(value, list) else value
-                       for name, value in checkpoint["settings"][key].items()})
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{checkpoint['path']}: expected the recipe of this version, found another one "
-                         f"({error}). Train it again.") from error
+    """The recipe that a checkpoint was trained with, as the dataclass `kind`. Raises ValueError for one with
+    more or fewer fields, and for a word that a Literal field does not know."""
+    recipe, kinds = checkpoint["settings"].get(key), typing.get_type_hints(kind)
+    other = sorted(set(recipe) ^ set(kinds)) if isinstance(recipe, dict) else [key]
+    if not other:
+        other = [name for name, of in kinds.items()
+                 if typing.get_origin(of) is typing.Literal and recipe[name] not in typing.get_args(of)]
+    if other:
+        raise ValueError(f"{checkpoint['path']}: expected the recipe of this version, found another one, with "
+                         f"other fields or words: {', '.join(other)}. Train it again.")
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in recipe.items()})
 
 
 def refuse_other_system(checkpoint: dict, name: str) -> None:
@@ -159,12 +164,15 @@ class Training:
         from tqdm import tqdm
         refuse_folders(self.folder, "checkpoint.pt", "recipe.json", "log.jsonl", "metrics.json",
                        "preview.png")
-        refuse_folders(self.unfinished, "state.pt", "recipe.json", "log.jsonl")
+        refuse_folders(self.unfinished, "state.pt", "checkpoint.pt", "recipe.json", "log.jsonl")
         state = self.unfinished / "state.pt"
         if self.resume:
             self.load(state if state.exists() else self.folder / "checkpoint.pt")
         self.step = self.first_step
         if self.is_finished():
+            if self.unfinished.exists():        # killed between the last two lines of `finish`
+                with locked(self.unfinished / "lock", wait=False):
+                    shutil.rmtree(self.unfinished)
             return self
         self.unfinished.mkdir(parents=True, exist_ok=True)
         self.open.enter_context(locked(self.unfinished / "lock", wait=False))

@@ -1,68 +1,96 @@
 """What the bias map of a trained rectification says of classes and of places, and what it is worth at test.
 
-    python results/bias.py runs/reproduce/toyland/reclip++/0 runs/reproduce/toyland/without-decoder/0
+    python paper/bias.py runs runs-no-decoder         folders that --out named
 
-A line for each run folder (what --out named):
+A line for each:
 
     alike      mean cosine between the rows of W_r: 1 is one Reference for all classes
     places     standard deviation over places of M_b's mean over classes, which changes no patch's best class
-    classes    standard deviation over classes of M_b's mean over places: what Sec. III-B calls class-preference bias
+    classes    standard deviation over classes of M_b's mean over places: class-preference bias (Sec. III-B)
     rest       what is neither: a class's own preference of places
     mIoU       of rectified masks, and with the bias left out at test, without training again (percent)
+
+Opens validation labels. Writes nothing.
 """
+
+from __future__ import annotations
 
 import argparse
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])      # modules are named from the project's folder
+
+from harness import errors, flags as common
+
+
+def flags() -> argparse.ArgumentParser:
+    parser = common.plain_parser(__doc__)
+    parser.add_argument("out", nargs="+", metavar="RUN", help="run folders")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
+    return parser
+
+
+if __name__ == "__main__":
+    FLAGS = flags().parse_args()            # before torch is imported: --help answers at once
+
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 
-import ablations
+import data
 import evaluate
-import ground_truth
 import rectify
-import runs
-from world import open_world
+from datasets import labels as ground_truth
+from harness import runs
+from paper import systems
 
 
 @torch.no_grad()
-def look(out: str) -> None:
+def look(out: str) -> list[float]:
+    """The six numbers of a run's rectification."""
     args = evaluate.flags().parse_args(["--out", out])
-    checkpoint = rectify.find_checkpoint(args, "rectify")
+    checkpoint = runs.find(out, None, "rectify")
     if checkpoint is None:
-        raise ValueError(f"{out}: expected a run folder with a rectification, found none. Name what --out named.")
-    world = open_world(args, checkpoint)
-    recipe, rectifier = rectify.load_rectifier(world, checkpoint)
-    reference = rectify.reference_features(world.clip_model, rectifier.prompt, world.vocabulary.names)    # W_r (C, D)
+        raise ValueError(f"{out}: expected a run folder with a rectification, found none. Name what --out "
+                         "named.")
+    system, setup = systems.of(checkpoint), data.open_setup(args, checkpoint)
+    recipe, rectifier = rectify.load_rectifier(setup, checkpoint, system)
+    visual, names = setup.clip_model.visual, setup.vocabulary.names
+    reference = rectify.reference_features(setup.clip_model, rectifier.prompt, names)       # W_r (C, D)
+    height, width = (side // visual.patch_size for side in recipe.crop)
+    bias = rectifier.bias(visual.patch_positions(height, width), reference)                 # M_b (C, h, w)
+    if not isinstance(bias, torch.Tensor) or not rectifier.frozen_clip:
+        raise ValueError(f"{out}: expected a system with a bias map and a frozen CLIP, found {system.name}.")
     rows = F.normalize(reference, dim=1)
     others = ~torch.eye(len(rows), dtype=torch.bool)
-    height, width = (side // world.clip_model.visual.patch_size for side in recipe.crop)
-    bias = rectifier.bias(world.clip_model.visual.patch_positions(height, width), reference)              # M_b (C, h, w)
     of_place, of_class = bias.mean(dim=0), bias.mean(dim=(1, 2))
     rest = bias - of_place - of_class[:, None, None] + bias.mean()
-    found = [measured(world)]
-    kept, rectify.Rectifier.bias = rectify.Rectifier.bias, ablations.NoBias.bias
-    found.append(measured(world))
-    rectify.Rectifier.bias = kept
-    print(f"{out[-40:]:40}{(rows @ rows.T)[others].mean():7.2f}{of_place.std():9.4f}{of_class.std():9.4f}{rest.std():9.4f}"
-          f"{found[0]:7.1f}{found[1]:14.1f}")
+
+    query = rectify.query_of(setup)
+    [with_bias] = evaluate.predictors(setup, query, ["rectify"], system).values()
+    without = replace(with_bias, logits=lambda features: rectifier(
+        features, query, bias.new_zeros(len(query), *features.shape[-2:])))
+    labels = ground_truth.true_label_files(setup.data, setup.root, list(setup.validation_images))
+    miou = [evaluate.measure(setup, {"rectify": one}, labels)["rectify"]["miou"]
+            for one in (with_bias, without)]
+    spread = [part.std().item() for part in (of_place, of_class, rest)]
+    return [(rows @ rows.T)[others].mean().item(), *spread, *miou]
 
 
-def measured(world) -> float:
-    query = rectify.cached_query(world)
-    labels = ground_truth.true_label_files(world.name, world.root, list(world.validation_images))
-    return evaluate.measure(world, evaluate.predictors(world, query, ["rectify"]), labels)["rectify"]["miou"]
+def main(args: argparse.Namespace) -> dict[str, list[float]]:
+    """Print a line for every run folder; returns the numbers."""
+    print(f"{'':40}{'alike':>7}{'places':>9}{'classes':>9}{'rest':>9}{'mIoU':>7}{'without bias':>14}")
+    found = {}
+    for out in args.out:
+        alike, places, classes, rest, with_bias, without = found[out] = look(out)
+        print(f"{out[-40:]:40}{alike:7.2f}{places:9.4f}{classes:9.4f}{rest:9.4f}"
+              f"{with_bias:7.1f}{without:14.1f}")
+    return found
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("out", nargs="+", metavar="RUN", help="run folders")
-    with runs.errors_in_one_paragraph():
-        folders = parser.parse_args().out
-        print(f"{'':40}{'alike':>7}{'places':>9}{'classes':>9}{'rest':>9}{'mIoU':>7}{'without bias':>14}")
-        for folder in folders:
-            look(folder)
+    with errors.one_paragraph(FLAGS.debug):
+        main(FLAGS)

@@ -1,403 +1,405 @@
 """The paper's tables, figures and claims: runs what they need, and shows ours beside the paper's.
 
-    python paper/reproduce.py                              all of it in Toyland; with --seeds 2 --epochs 4 in 67 minutes on two cores
+    python paper/reproduce.py                              all of it in Toyland
     python paper/reproduce.py table2 figure1 --data voc    these alone, for a real dataset, on a GPU
-    python paper/reproduce.py table2 --data ade --plan     the commands and the paper's numbers; trains nothing
+    python paper/reproduce.py table2 --data ade --plan     the commands and the paper's numbers, no training
 
-Everything is made by the scripts of this project, each run in a folder of its own. What is finished is taken as it is, so
-that a reproduction can be stopped (Ctrl-C) and continued by the same command. Writes runs/reproduce/<data>/: results.md and
-results.json, of what was asked for last, and the figures. What the paper says stands in numbers.py.
+Everything is made by the scripts of this project, each a process of its own in a folder of its own. What is
+finished is taken as it is, so that a reproduction can be stopped (Ctrl-C) and continued by the same command.
+Writes runs/reproduce/<data>/: results.md and results.json, of what was asked for last, and the figures.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
-import os
-import shlex
-import shutil
-import signal
-import subprocess
 import sys
-import threading
-import time
-from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+PROJECT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])      # modules are named from the project's folder
+    sys.path[0] = str(PROJECT)              # modules are named from the project's folder
 
-from harness import errors
-from harness import flags as common
-from paper.numbers import CLAIMS, FIGURES, RATIOS, RECTIFIED, RUNS, TABLES, THRESHOLDS, Cell, Claim, Table, stage_1
-
-WHAT = (*TABLES, *(name for name in FIGURES if name not in TABLES))
+from harness import errors, flags as common
+from paper.reported import (CLAIMS, FIGURES, MEASURES, RATIOS, SWEEPS, TABLES, THRESHOLDS, WHAT, Cell, Claim,
+                            stage_1)
 
 
 def flags() -> argparse.ArgumentParser:
     parser = common.parser(__doc__)
     parser.add_argument("what", nargs="*", metavar="WHAT", help=f"{', '.join(WHAT)} (default: all of them)")
     extra = parser.add_argument_group("reproduction")
-    extra.add_argument("--seeds", type=common.whole(1), default=3, metavar="N", help="use the seeds 0..N−1")
+    extra.add_argument("--seeds", type=common.whole(1), default=3, metavar="N",
+                       help="use the seeds 0..N−1 (default: 3)")
     extra.add_argument("--epochs", type=common.whole(1), metavar="N",
                        help="of every training, to be done sooner (default: the recipes')")
     extra.add_argument("--jobs", type=common.whole(1), metavar="N",
-                       help="trainings at a time, which share the cores (default: one beside a GPU, else one a core, at most 8)")
+                       help="commands at a time, which share the cores (default: one beside a GPU, else one "
+                            "a core, at most 8)")
     extra.add_argument("--plan", action="store_true",
-                       help="train and measure nothing: list the commands, and show what is there (CLIP is opened)")
+                       help="run nothing: list the commands, and show what is there (CLIP is opened)")
     return parser
 
 
 if __name__ == "__main__":
     FLAGS = flags().parse_args()            # before torch is imported: --help answers at once
 
-import numpy as np
+import contextlib
+import copy
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+from dataclasses import dataclass, replace
+from statistics import fmean, stdev
 
 import data
 import distill
 import evaluate
 import rectify
 from clip.download import sha256
-from datasets import DATASETS, is_folder
-from datasets import labels as ground_truth
+from datasets import DATASETS, is_folder, labels as ground_truth
 from harness import files, machine, runs
-from paper import figures, run, systems
+from paper import figures, run, scores, systems, tables
 
-STAGES = ("rectify", "distill")
+TRAINING = {"rectify": rectify, "distill": distill}
+MEASURING = {"evaluate": "evaluate/metrics.json", "scores": "scores/scores.json",
+             "probe": "scores/scores.json"}
+SCRIPTS = {"rectify.py": rectify, "distill.py": distill, "evaluate.py": evaluate, "paper/run.py": run,
+           "paper/scores.py": scores}
 
-# ------------------------------------------------------------------------------------------ what has to be run
+# ---------------------------------------------------------------------------- what has to be run
 
 
 @dataclass(frozen=True)
 class Job:
-    """One command: a stage or a measure of a run, with one seed. `probe` is scores.py with --probe."""
-    run: str                                # a name in RUNS
-    script: str                             # rectify, distill, evaluate, scores, probe
+    """One command: a stage of a run, with one seed."""
+    run: str                            # a system, or a point of a sweep
+    stage: str                          # rectify, distill, evaluate, scores, or probe: scores with --probe
     seed: int
 
     def __str__(self) -> str:
-        return f"{self.run}, {self.script}, seed {self.seed}"
+        return f"{self.run}, {self.stage}, seed {self.seed}"
+
+
+def system_of(name: str) -> distill.System:
+    """The system of a run: a point of a sweep is ReCLIP++ with flags of its own."""
+    return systems.SYSTEMS["reclip++" if name in SWEEPS else name]
+
+
+def teacher_of(name: str) -> str:
+    """The run whose rectification a student learns from: its own, or that of ReCLIP++."""
+    teacher = system_of(name).teacher
+    return teacher.name if teacher else name
 
 
 def jobs_of(cell: Cell, seed: int) -> list[Job]:
     """What has to be run, in this order, for one number."""
     name, stage, measure = cell
-    jobs = [Job(RUNS[name].teacher, "rectify", seed)] if RUNS[name].teacher else []
-    if "rectify" in RUNS[name].stages and stage in STAGES:
-        jobs.append(Job(name, "rectify", seed))
+    jobs = []
+    if stage in TRAINING and not run.trains_nothing(system_of(name)):
+        jobs.append(Job(teacher_of(name), "rectify", seed))
     if stage == "distill":
         jobs.append(Job(name, "distill", seed))
-    if measure == "probe":
-        return [*jobs, Job(name, "probe", seed)]
     if measure != "miou":
-        return [*jobs, Job(name, "scores", seed)]
-    return jobs if stage in STAGES else [*jobs, Job(name, "evaluate", seed)]
+        return [*jobs, Job(name, "probe" if measure == "probe" else "scores", seed)]
+    return jobs if stage in TRAINING else [*jobs, Job(name, "evaluate", seed)]
 
 
 def plan(cells: list[Cell], seeds: int) -> list[Job]:
-    """All jobs for the cells, seed by seed, trainings of the same run together; measuring comes after its trainings."""
+    """All jobs for the cells, seed by seed, the stages of a run together; measuring follows its trainings."""
     wanted = {job for seed in range(seeds) for cell in cells for job in jobs_of(cell, seed)}
-    wanted -= {replace(job, script="scores") for job in wanted if job.script == "probe"}          # the probe has them too
-    order, scripts = list(RUNS), ("rectify", "distill", "evaluate", "scores", "probe")
-    return sorted(wanted, key=lambda job: (job.seed, order.index(job.run), scripts.index(job.script)))
+    wanted -= {replace(job, stage="scores") for job in wanted if job.stage == "probe"}      # it has them too
+    order, stages = [*systems.SYSTEMS, *SWEEPS], [*TRAINING, *MEASURING]
+    return sorted(wanted, key=lambda job: (job.seed, order.index(job.run), stages.index(job.stage)))
 
 
 def waits_for(job: Job, jobs: list[Job]) -> list[Job]:
-    """The jobs that must be finished before: a student's teacher, and for what measures all that is trained."""
-    before = {"rectify": (), "distill": ("rectify",)}.get(job.script, ("rectify", "distill"))
-    owners = (job.run, RUNS[job.run].teacher) if job.script == "distill" else (job.run,)
+    """The jobs that must be finished before: a student's teacher; for what measures, all that is trained."""
+    before = {"rectify": (), "distill": ("rectify",)}.get(job.stage, ("rectify", "distill"))
+    owners = (job.run, teacher_of(job.run)) if job.stage == "distill" else (job.run,)
     return [other for other in jobs
-            if other.seed == job.seed and other.run in owners and other.script in before]
+            if other.seed == job.seed and other.run in owners and other.stage in before]
 
 
 def cells_of(wanted: list[str], claims: list[Claim]) -> list[Cell]:
     """Every number that the wanted tables, figures and claims need, each once."""
     of_tables = [row.cell for name in wanted if name in TABLES for row in TABLES[name].rows]
     of_figures = [cell for name in wanted for cell in FIGURES.get(name, ())]
-    of_claims = [cell for claim in claims for cell in (claim.better, *claim.worse) if cell is not None]
-    return list(dict.fromkeys([*of_tables, *of_figures, *of_claims]))
+    of_claims = [cell for claim in claims for cell in (claim.better, *claim.worse)]
+    return [cell for cell in dict.fromkeys([*of_tables, *of_figures, *of_claims]) if cell is not None]
 
 
-# ------------------------------------------------------------------------------------------ processes
+# ---------------------------------------------------------------------------- processes
 
 
-class Children:
-    """Processes that are asked to stop, once, when this one is stopped: so each saves before it ends.
+def start(command: list[str], log: Path, environment: dict) -> subprocess.Popen:
+    """A script of this project as a process that writes to `log`.
 
-    They run in sessions of their own: the terminal's Ctrl-C would reach them beside ours, and the second one does not wait.
-    `kill` and a closed terminal stop like Ctrl-C, the latter not under nohup.
+    In a session of its own: the terminal's Ctrl-C would reach it beside ours, and a second one does not wait.
     """
+    with open(log, "wb") as output:
+        return subprocess.Popen([sys.executable, str(PROJECT / command[0]), *command[1:]], stdout=output,
+                                stderr=subprocess.STDOUT, env=environment, start_new_session=True)
 
-    def __init__(self):
-        self.running: list[subprocess.Popen] = []
-        self.stopping, self.lock = False, threading.Lock()
 
-    def run(self, command: list[str], output, environment: dict) -> int:
-        """Run a command to its end and return its exit code; for several threads at a time."""
-        with self.lock:                         # no process starts between the last signal and the end
-            if self.stopping:
-                return 130
-            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment,
-                                       start_new_session=True)
-            self.running.append(process)
-        code = process.wait()
-        with self.lock:
-            self.running.remove(process)
-        return code
+@contextlib.contextmanager
+def stop_signals():
+    """A list that is filled when this process is to stop: by Ctrl-C, `kill`, or a terminal that closes.
 
-    def __enter__(self) -> Children:
-        signals = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-        self.old = {one: signal.signal(one, signal.default_int_handler) for one in signals
-                    if signal.getsignal(one) is not signal.SIG_IGN}
-        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:   # begun with `&` in a script; the processes would inherit it
-            self.old[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: None)
-        return self
-
-    def __exit__(self, kind, *_) -> None:
-        for one, handler in self.old.items():
+    A signal only leaves its mark, so that none falls between a process's start and the moment we know of it.
+    What was ignored stays so (by nohup, or Ctrl-C behind `&`), but the processes must not inherit the latter:
+    they are asked to stop by it.
+    """
+    asked: list[int] = []
+    old = {}
+    for one in (getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)):
+        ignored = signal.getsignal(one) is signal.SIG_IGN
+        if not ignored or one == signal.SIGINT:
+            old[one] = signal.signal(one, (lambda *_: None) if ignored else lambda *_: asked.append(1))
+    try:
+        yield asked
+    finally:
+        for one, handler in old.items():
             signal.signal(one, handler)
-        if kind is None:
-            return
-        with self.lock:
-            self.stopping = True
-            for process in self.running:
-                process.send_signal(signal.SIGINT)
+
+
+def stop(processes: list[subprocess.Popen]) -> None:
+    """Ask processes to stop, once, so that each saves before it ends, and wait for them."""
+    for process in processes:
+        process.send_signal(signal.SIGINT)
+    if processes:
         with contextlib.suppress(OSError):      # nobody may read it any more
             print("Stopping: waiting for what still runs to save.", flush=True)
+    for process in processes:
+        process.wait()
 
 
-# ------------------------------------------------------------------------------------------ one reproduction
+# ---------------------------------------------------------------------------- one reproduction
 
 
 class Reproduction:
-    """The runs of one dataset below `<out>/reproduce/<data>/`: what is there, and the commands for what is not."""
+    """The runs of one dataset below `<out>/reproduce/<data>/`: what is there, and commands for the rest."""
 
     def __init__(self, args: argparse.Namespace):
         self.data = args.data or "toyland"
         if is_folder(self.data):
-            raise ValueError(f"--data {self.data}: expected a dataset whose labels are known, {', '.join(DATASETS)}; found "
-                             "a folder. For one of your own run rectify.py, distill.py and evaluate.py --labels DIR.")
-        self.args, self.root = args, Path(args.out) / "reproduce" / self.data
-        self.cache = args.cache or str(self.root / "cache")
-        self.setup: data.Setup | None = None
-        self.same: dict[str, str] = {}      # a point of a sweep that is the recipe itself: no run of its own
+            raise ValueError(f"--data {self.data}: expected toyland or another whose labels are known, "
+                             f"{', '.join(DATASETS)}; found a folder. For one of your own run rectify.py, "
+                             "distill.py and evaluate.py --labels DIR.")
+        self.root = Path(args.out) / "reproduce" / self.data
+        known = {"data": self.data, "cache": args.cache or str(self.root / "cache")}
+        self.args, self.same = argparse.Namespace(**vars(args) | known), {}
 
     def open(self) -> None:
-        """Open images, words and CLIP: to know whether a run was made with the numbers that would be used now."""
-        self.setup = data.open_setup(argparse.Namespace(**vars(self.args) | {"data": self.data, "cache": self.cache}))
-        setup, made_of = self.setup, {
-            name: (run.system, rectify.recipe_of(self.setup_of(Job(name, "rectify", 0)), systems.SYSTEMS[run.system]))
-            for name, run in RUNS.items() if "rectify" in run.stages}
-        self.recipe = made_of["reclip++"][1]
-        self.labels = len(ground_truth.true_label_files(setup.data, setup.root, list(setup.validation_images)))
-        self.same = {name: "reclip++" for name in made_of if name != "reclip++" and made_of[name] == made_of["reclip++"]}
+        """Open images, words and CLIP: needed to know whether a run was made as it would be made now."""
+        self.setup = setup = data.open_setup(self.args)
+        self.labels = ground_truth.true_label_files(setup.data, setup.root, list(setup.validation_images))
+        recipes = {name: self.recipe_of(Job(name, "rectify", 0)) for name in ("reclip++", *SWEEPS)}
+        self.recipe = recipes["reclip++"]
+        # a point of a sweep that is the recipe itself needs no run of its own
+        self.same = {name: "reclip++" for name in SWEEPS if recipes[name] == self.recipe}
 
-    def measured_as(self, cell: Cell) -> Cell:
-        """The cell itself, or that of the recipe where its run is no other."""
-        name, stage, measure = cell
-        return self.same.get(name, name), stage, measure
-
-    def asks(self, claim: Claim) -> bool:
-        """Whether a claim can be asked of this dataset.
-
-        Not where the paper's own numbers deny it (ReCLIP's on Cityscapes), nor where the recipe's t or r is itself an end of
-        the sweep: then nothing lies on its other side.
-        """
-        better, *worse = [cell and self.measured_as(cell) for cell in (claim.better, *claim.worse)]
-        return better not in worse and not in_paper(claim, self.data).startswith("−")
+    # ------------------------------------------------------------------------ commands
 
     def out(self, job: Job) -> Path:
+        """What --out names; the run's stages lie in `folder`."""
         return self.root / job.run / str(job.seed)
 
     def folder(self, job: Job) -> Path:
-        return runs.run_folder(str(self.out(job)), self.data, "scores" if job.script == "probe" else job.script)
-
-    def setup_of(self, job: Job) -> data.Setup:
-        """What a job works on: the images and the CLIP that are open here, with its own flags."""
-        script, *arguments = self.command(job)
-        own = replace(self.setup, args=run.flags().parse_args(arguments) if script == "paper/run.py" else
-                      {"rectify.py": rectify, "distill.py": distill}[script].flags().parse_args(arguments))
-        own.training_images, own.fingerprint = self.setup.training_images, self.setup.fingerprint
-        return own
+        return self.out(job) / self.data
 
     def command(self, job: Job) -> list[str]:
-        """Script and flags of a job: ReCLIP++ by its own scripts, other systems by paper/run.py."""
-        of_run = RUNS[job.run]
-        given = ["--data", self.data, "--out", str(self.out(job)), "--cache", self.cache]
-        for name in ("root", "clip", "classes", "device", "workers", "activation"):
-            if getattr(self.args, name) is not None:
-                given += [f"--{name}", str(getattr(self.args, name))]
-        if self.args.precision != "fp32":
-            given += ["--precision", self.args.precision]
-        given += [f"--{name.replace('_', '-')}" for name in ("compile", "skip_broken") if getattr(self.args, name)]
-        if job.script in ("scores", "probe"):
-            return ["paper/scores.py", *given, "--seed", str(job.seed), *["--probe"] * (job.script == "probe")]
-        if job.script in STAGES:
-            given += ["--seed", str(job.seed), "--resume"]
-            if self.args.epochs is not None:
-                given += ["--epochs", str(self.args.epochs)]
-        if of_run.system != "reclip++":
-            return ["paper/run.py", of_run.system, "--stage", job.script, *given]
-        return [f"{job.script}.py", *given, *(of_run.flags if job.script == "rectify" else ())]
+        """A job's script with its flags."""
+        given = {"data": self.data, "out": self.out(job), "cache": self.args.cache}
+        given |= {name: getattr(self.args, name)
+                  for name in ("root", "clip", "activation", "classes", "device", "workers", "precision")}
+        if job.stage in TRAINING:
+            given["epochs"] = self.args.epochs
+        if job.stage != "evaluate":
+            given["seed"] = job.seed
+        words = [word for name, value in given.items() if value is not None
+                 for word in (f"--{name}", str(value))]
+        words += ["--compile"] * self.args.compile + ["--skip-broken"] * self.args.skip_broken
+        words += ["--resume"] * (job.stage in TRAINING) + ["--probe"] * (job.stage == "probe")
+        if job.stage in ("scores", "probe"):
+            return ["paper/scores.py", *words]
+        if system_of(job.run).name == "reclip++":
+            return [f"{job.stage}.py", *words, *SWEEPS.get(job.run, ())]
+        return ["paper/run.py", job.run, "--stage", job.stage, *words]
 
-    def commands(self, job: Job) -> list[str]:
-        """A job as it is typed: its command, and before that of a student the copy of a teacher from another folder."""
-        taken = []
-        if job.script == "distill" and (teacher := RUNS[job.run].teacher):
-            source, target = (self.folder(Job(name, "rectify", job.seed)) for name in (teacher, job.run))
-            taken = [shlex.join(["mkdir", "-p", str(target.parent)]), shlex.join(["cp", "-r", str(source), str(target)])]
-        return [*taken, f"python {shlex.join(self.command(job))}"]
+    def typed(self, job: Job) -> str:
+        """A job as it is typed: its command; before that of a student, the copy of another run's teacher."""
+        commands = [["python", *self.command(job)]]
+        if teaching := self.borrowed(job):
+            source, target = map(str, teaching)
+            commands = [["mkdir", "-p", os.path.dirname(target)], ["cp", "-r", source, target], *commands]
+        return "\n".join(map(shlex.join, commands))
 
-    # -------------------------------------------------------------------------------------- what is there
+    def borrowed(self, job: Job) -> tuple[Path, Path] | None:
+        """Of a student whose teacher was trained as another run: where that lies, where it is expected."""
+        teacher = teacher_of(job.run)
+        if job.stage == "distill" and teacher != job.run:
+            return self.folder(replace(job, run=teacher)) / "rectify", self.folder(job) / "rectify"
+        return None
 
-    def finished(self, job: Job) -> bool:
-        """Whether a job's result is there. Raises ValueError for a training that was made with other numbers."""
-        return self.result(job) is not None
+    # ------------------------------------------------------------------------ what is there
 
-    def result(self, job: Job) -> dict | None:
-        """What a finished job measured: the metrics of a trained stage, or those of every stage; None if it is not there."""
-        if job.script not in STAGES:
-            return self.measured(job)
+    def setup_of(self, job: Job) -> data.Setup:
+        """The one setup, with the flags of a job."""
+        script, *words = self.command(job)
+        setup = copy.copy(self.setup)               # with the lists of images that it has made already
+        setup.args = SCRIPTS[script].flags().parse_args(words)
+        return setup
+
+    def recipe_of(self, job: Job):
+        """The recipe that a training would use now."""
+        setup, system = self.setup_of(job), system_of(job.run)
+        if job.stage == "distill":
+            return data.recipe_for(setup, distill.RECIPES, system.student_numbers)
+        recipe = data.recipe_for(setup, rectify.RECIPES, system.numbers)
+        room = setup.clip_model.prompt_room(setup.vocabulary.names)         # as rectify.main does
+        return replace(recipe, prompt_length=min(room, recipe.prompt_length))
+
+    def settings_of(self, job: Job) -> dict:
+        """What a checkpoint must say it was made with, were the training run now."""
+        system = system_of(job.run)
+        if job.stage == "rectify":
+            system = systems.rectification_of(system)
+        settings = self.setup_of(job).settings(system, self.recipe_of(job))
+        teacher = self.folder(replace(job, run=teacher_of(job.run))) / "rectify/checkpoint.pt"
+        if job.stage == "distill" and teacher.exists():
+            settings["teacher"] = distill.teacher_number(runs.load(teacher, "rectify"))
+        return runs.plain(settings)
+
+    def result(self, job: Job) -> dict[str, dict] | None:
+        """What a job has measured, stage → numbers. None where it is not there, or of other checkpoints.
+
+        Raises ValueError for a training that was made with other settings: a folder never mixes two.
+        """
         folder = self.folder(job)
-        path = folder / "checkpoint.pt"
-        if not path.exists() or (folder / "unfinished").exists():
-            return None
-        made, setup, system = runs.load(path, job.script), self.setup_of(job), systems.SYSTEMS[RUNS[job.run].system]
-        setup.refuse_misfit(made)
-        recipe = rectify.recipe_of(setup, system) if job.script == "rectify" else \
-            data.recipe_for(setup, distill.RECIPES, system.student_numbers)
-        of_run, expected = made["settings"], setup.settings(system, recipe)
-        runs.refuse_other_system(made, system.name)
-        for name in ("recipe", "precision", "seed"):
-            runs.refuse_unless(path, name, expected=runs.plain(expected[name]), found=of_run[name])
-        if of_run["images"] != expected["images"]:      # told by their number: there are thousands
-            runs.refuse_unless(path, "list of training images", expected=f"{len(expected['images'])} images",
-                               found=f"{len(of_run['images'])}, not the same ones")
-        teacher = self.folder(Job(RUNS[job.run].teacher or job.run, "rectify", job.seed)) / "checkpoint.pt"
-        if job.script == "distill" and teacher.exists():
-            runs.refuse_unless(path, "teacher", expected=distill.teacher_number(runs.load(teacher, "rectify")),
-                               found=of_run["teacher"])
-        metrics = read_json(folder / "metrics.json")
-        return metrics if self.fits(metrics, path) else None
-
-    def measured(self, job: Job) -> dict | None:
-        """What evaluate.py or scores.py wrote, if it is of these very checkpoints."""
-        found = read_json(self.folder(job) / ("metrics.json" if job.script == "evaluate" else "scores.json"))
-        for stage in ("maskclip", *STAGES):
-            folder, of_stage = runs.run_folder(str(self.out(job)), self.data, stage), found.get(stage)
-            checkpoint = folder / "checkpoint.pt"
-            if stage in STAGES and not checkpoint.exists():
-                continue
-            if not self.fits(of_stage, checkpoint) or job.script == "probe" and "probe" not in of_stage:
+        checkpoints = {stage: folder / stage / "checkpoint.pt" for stage in TRAINING}
+        if job.stage in TRAINING:
+            path = checkpoints[job.stage]
+            if not path.exists() or (folder / job.stage / "unfinished").exists():
                 return None
-        return found
+            made = runs.load(path, job.stage)["settings"]
+            for name, expected in self.settings_of(job).items():
+                runs.refuse_unless(path, name, expected, made.get(name))
+            found, stages = {job.stage: read_json(folder / job.stage / "metrics.json")}, [job.stage]
+        else:
+            found = read_json(folder / MEASURING[job.stage])
+            stages = ["maskclip", *(stage for stage, path in checkpoints.items() if path.exists())]
+        measures = {"scores": MEASURES[2:], "probe": MEASURES[1:]}.get(job.stage, MEASURES[:1])
+        fits = all(self.fits(found.get(stage), measures, checkpoints.get(stage)) for stage in stages)
+        return found if fits else None
 
-    def fits(self, metrics, checkpoint: Path) -> bool:
-        """Whether metrics are of this checkpoint, CLIP, classes and as many labels, in this precision, without refinements."""
-        setup = self.setup
+    def fits(self, numbers, measures: tuple[str, ...], checkpoint: Path | None) -> bool:
+        """Whether numbers are of this checkpoint, CLIP, precision, classes and labels, and unrefined."""
+        expected = {"weights": None if checkpoint is None else sha256(checkpoint)[:16],
+                    "precision": self.setup.precision, "clip": self.setup.fingerprint,
+                    "classes": self.setup.vocabulary.names, "images": len(self.labels)}
         try:
-            made = metrics["fingerprint"]
-            expected = {"weights": sha256(checkpoint)[:16] if checkpoint.exists() else None, "precision": setup.precision,
-                        "clip": setup.fingerprint, "classes": setup.vocabulary.names, "images": self.labels}
-            refined = any(made.get("refinements", {}).values())
-            return not refined and all(made[name] == value for name, value in expected.items())
-        except (TypeError, KeyError, AttributeError):
+            made = numbers["fingerprint"]
+            return set(measures) <= set(numbers) and not any(made.get("refinements", {}).values()) \
+                and all(made[name] == value for name, value in expected.items())
+        except (TypeError, KeyError, AttributeError):       # whatever is in the file
             return False
 
-    def value(self, cell: Cell, seed: int) -> float | None:
-        """One number; None where it has not been measured."""
-        _, stage, measure = cell
-        *_, job = jobs_of(self.measured_as(cell), seed)
-        if (result := self.result(job)) is None:
-            return None
-        of_stage = result if job.script in STAGES else result[stage]
-        return of_stage["probe"]["miou"] if measure == "probe" else of_stage[measure]
+    def values(self, cells: list[Cell], seeds: int) -> dict[Cell, list[float]]:
+        """The numbers of every cell that has been measured with every seed."""
+        values, results = {}, {}
+        for cell in cells:
+            of_seeds = []
+            for seed in range(seeds):
+                name, stage, measure = tables.measured_as(cell, self.same)
+                *_, job = jobs_of((name, stage, measure), seed)
+                if job not in results:
+                    results[job] = self.result(job) or {}
+                numbers = results[job].get(stage, {})
+                if measure == "probe":
+                    numbers, measure = numbers.get("probe", {}), "miou"
+                of_seeds.append(numbers.get(measure))
+            if None not in of_seeds:
+                values[cell] = of_seeds
+        return values
 
-    # -------------------------------------------------------------------------------------- what is not there
+    # ------------------------------------------------------------------------ what is not there
 
-    def missing(self, cells: list[Cell]) -> list[Job]:
-        cells = [self.measured_as(cell) for cell in cells]
+    def missing(self, cells: list[Cell], seeds: int) -> list[Job]:
         missing: list[Job] = []
-        for job in plan(cells, self.args.seeds):        # what was measured before a training is measured again behind it
-            if not self.finished(job) or job.script not in STAGES and waits_for(job, missing):
+        for job in plan([tables.measured_as(cell, self.same) for cell in cells], seeds):
+            # what was measured before a training is measured again behind it
+            if self.result(job) is None or job.stage in MEASURING and waits_for(job, missing):
                 missing.append(job)
         return missing
 
     def run(self, jobs: list[Job]) -> list[str]:
-        """Run all jobs; returns what those that failed said. Whatever needs one of these is left out, all else is run."""
-        # Before hours of training: is there anything to measure against?
-        ground_truth.refuse_other_classes(self.setup.data, self.setup.vocabulary.names)
-        if not self.labels:
-            raise ValueError(f"--data {self.data}: expected labels of its validation images to measure against, found none. "
-                             f"python datasets/check.py --data {self.data} says what is missing.")
-        at_once = self.args.jobs or (1 if self.setup.device.type != "cpu" else min(8, os.cpu_count() or 1))
-        print(f"{len(jobs)} commands to run, {at_once} at a time; what they print goes to {self.root}/*/*/*.log")
-        started, failed = time.monotonic(), {}
-        for job, outcome in self.in_processes(jobs, at_once):
-            before = f"{clock(time.monotonic() - started):>7}  {job}"
-            if isinstance(outcome, ValueError):
-                failed[job] = str(outcome)
-                print(f"{before}: failed", flush=True)
-            else:
-                said = f": {self.result(job)['miou']:.1f}" if job.script in STAGES else ""
-                print(f"{before} ({clock(outcome)}){said}", flush=True)
-        return list(failed.values())
+        """Run all jobs, each as soon as what it needs is there. Returns what those said that failed.
 
-    def in_processes(self, jobs: list[Job], at_once: int) -> Iterator[tuple[Job, float | ValueError]]:
-        """Run several at a time, each as soon as what it needs is there: yields each with its seconds, or what went wrong."""
-        threads = str(max(1, (os.cpu_count() or 1) // at_once))
-        environment = {"OMP_NUM_THREADS": threads, **os.environ, "TQDM_DISABLE": "1"}
-        waiting, running, failed = list(jobs), {}, []
-        with ThreadPoolExecutor(at_once) as pool, Children() as children:       # first asked to stop, then waited for
-            while waiting or running:
-                for job in [job for job in waiting if waits_for(job, failed)]:
-                    waiting.remove(job)
-                    failed.append(job)
-                unfinished = [*waiting, *running.values()]
-                for job in [job for job in waiting if not waits_for(job, unfinished)][:at_once - len(running)]:
-                    waiting.remove(job)
-                    running[pool.submit(self.in_a_process, job, environment, children)] = job
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    job = running.pop(future)
-                    try:
-                        yield job, future.result()
-                    except ValueError as error:
-                        failed.append(job)
-                        yield job, error
-
-    def in_a_process(self, job: Job, environment: dict, children: Children) -> float:
-        """Run one command to its end and return its seconds. Raises ValueError with its last words when it fails."""
-        script, *arguments = self.command(job)
-        log, started = self.prepare(job), time.monotonic()
-        with open(log, "wb") as file:
-            code = children.run([sys.executable, str(Path(__file__).parents[1] / script), *arguments], file, environment)
-        if code:
-            text = log.read_text(errors="replace").strip()
-            last_words = " ".join(text[text.rfind("error: ") if "error: " in text else -500:].split())
-            raise ValueError(f"{job}: expected the command to succeed, found exit code {code}: {last_words} All it said is in {log}. "
-                             f"The command was: python {shlex.join([script, *arguments])}")
-        self.refuse_unfinished(job)
-        return time.monotonic() - started
+        What needs one of these is left out, all else is run.
+        """
+        ground_truth.refuse_other_classes(self.data, self.setup.vocabulary.names)
+        if not self.labels:                                 # said before hours of training, not after
+            raise ValueError(f"--data {self.data}: expected labels of its validation images to measure "
+                             f"against, found none. python datasets/check.py --data {self.data} says what is "
+                             "missing.")
+        cores = os.cpu_count() or 1
+        at_once = self.args.jobs or (1 if self.setup.device.type != "cpu" else min(8, cores))
+        environment = {"OMP_NUM_THREADS": str(max(1, cores // at_once)), **os.environ, "TQDM_DISABLE": "1"}
+        print(f"{len(jobs)} commands to run, {at_once} at a time; their output goes to {self.root}/*/*/*.log")
+        waiting, running, lost, failed, begun = list(jobs), {}, [], [], time.monotonic()
+        try:
+            with stop_signals() as asked:
+                while waiting or running:
+                    for job in list(waiting):           # in the order of `plan`: what needs it comes later
+                        if waits_for(job, lost):
+                            waiting.remove(job)
+                            lost.append(job)
+                    ready = [job for job in waiting if not waits_for(job, [*waiting, *running])]
+                    for job in ready[:at_once - len(running)]:
+                        waiting.remove(job)
+                        running[job] = start(self.command(job), self.prepare(job), environment)
+                    for job in [job for job, process in running.items() if process.poll() is not None]:
+                        said, error = self.outcome(job, running.pop(job).returncode)
+                        print(f"{clock(time.monotonic() - begun):>7}  {job}: {said}", flush=True)
+                        if error:
+                            lost.append(job)
+                            failed.append(error)
+                    if asked:
+                        raise KeyboardInterrupt("The same command goes on.")
+                    time.sleep(0.05)
+        finally:
+            stop(list(running.values()))
+        return failed
 
     def prepare(self, job: Job) -> Path:
         """The job's folder, with the teacher that its student takes over; returns the path of its log."""
         self.out(job).mkdir(parents=True, exist_ok=True)
-        if job.script == "distill" and (teacher := RUNS[job.run].teacher):
-            take_over(self.folder(Job(teacher, "rectify", job.seed)), self.folder(replace(job, script="rectify")))
-        return self.out(job) / f"{job.script}.log"
+        if teaching := self.borrowed(job):
+            take_over(*teaching)
+        return self.out(job) / f"{job.stage}.log"
 
-    def refuse_unfinished(self, job: Job) -> None:
-        if not self.finished(job):
-            raise ValueError(f"{job}: expected numbers in {self.folder(job)}, found none. Are there labels of {self.data} to "
-                             f"measure against? See {self.out(job) / job.script}.log.")
+    def outcome(self, job: Job, code: int) -> tuple[str, str]:
+        """What to say of a command that has ended, and its error ("" where there is none)."""
+        log = self.out(job) / f"{job.stage}.log"
+        if code:
+            text = log.read_text(errors="replace").strip()
+            last = " ".join(text[text.rfind("error: ") if "error: " in text else -500:].split())
+            return "failed", (f"{job}: expected the command to succeed, found exit code {code}: {last} All "
+                              f"it said is in {log}. The command was: python {shlex.join(self.command(job))}")
+        if (result := self.result(job)) is None:
+            return "failed", (f"{job}: expected numbers of it in {self.folder(job)}, found none. Are there "
+                              f"labels of {self.data} to measure against? See {log}.")
+        return f"{result[job.stage]['miou']:.1f}" if job.stage in TRAINING else "done", ""
 
 
 def take_over(source: Path, target: Path) -> None:
     """Copy a finished stage, unless it is there already."""
-    if (target / "checkpoint.pt").exists() and sha256(target / "checkpoint.pt") == sha256(source / "checkpoint.pt"):
+    there, wanted = target / "checkpoint.pt", source / "checkpoint.pt"
+    if there.exists() and sha256(there) == sha256(wanted):
         return
     part = target.with_name(f"{target.name}.part")
     for folder in (part, target):
@@ -419,182 +421,80 @@ def clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-# ------------------------------------------------------------------------------------------ what is shown
-
-NAMES = {"voc": "VOC", "context": "Context", "ade": "ADE20K", "cityscapes": "Cityscapes", "coco": "COCO-Stuff 27"}
-
-
-def mean_and_spread(values: list[float], digits: int = 1) -> str:
-    """`46.7 ± 1.2`: mean and standard deviation over seeds; the number alone where there is one."""
-    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.{digits}f}{spread}".replace("-", "−")
-
-
-def table_lines(table: Table, values: dict[Cell, list[float]], data: str) -> list[str]:
-    """A table as Markdown: the paper's columns (of `data`, in Toyland of all datasets that the table knows) and ours."""
-    of_paper = "context" if data == "context-voc-first" else data
-    columns = [name for name in NAMES if any(name in row.paper for row in table.rows) and of_paper in ("toyland", name)]
-    lines = [f"### {table.title}", "",
-             "| | " + " | ".join([f"{NAMES[name]} (paper)" for name in columns] + [f"{data} (ours)", "each seed"]) + " |",
-             "|---" * (3 + len(columns)) + "|"]
-    for row in table.rows:
-        cells = [f"{row.paper[name]:.{table.digits}f}".replace("-", "−") if name in row.paper else "" for name in columns]
-        ours = values.get(row.cell, [])
-        each = " ".join(f"{value:.{table.digits}f}".replace("-", "−") for value in ours) if len(ours) > 1 else ""
-        lines.append("| " + " | ".join([row.title, *cells, mean_and_spread(ours, table.digits) if ours else "", each]) + " |")
-    return [*lines, ""]
-
-
-def differences(claim: Claim, values: dict[Cell, list[float]]) -> list[float]:
-    """For each seed, by how much `better` is above the best of `worse`; empty where a number is missing."""
-    cells = [claim.better, *claim.worse]
-    if not all(cell is None or cell in values for cell in cells):
-        return []
-    seeds = max(len(values[cell]) for cell in cells if cell is not None)
-    better, *worse = [[0.0] * seeds if cell is None else values[cell] for cell in cells]
-    return [high - max(low) for high, *low in zip(better, *worse)]
-
-
-def digits_of(claim: Claim) -> int:
-    return TABLES[claim.source].digits if claim.source in TABLES else 2
-
-
-def verdict(difference: list[float], digits: int = 1) -> str:
-    """held: the mean difference, with as many digits as are shown, is above zero and above its own spread over seeds."""
-    mean, spread = round(np.mean(difference), digits), np.std(difference, ddof=1) if len(difference) > 1 else 0.0
-    if mean == 0:
-        return "not held: no difference"
-    if mean > spread:
-        return "held"
-    return "not held: reversed" if mean < -spread else "not held: within the spread"
-
-
-def in_paper(claim: Claim, data: str) -> str:
-    """The paper's own difference where it gives both numbers: of `data`, in Toyland of VOC, else of Context."""
-    rows = {row.cell: row.paper for row in TABLES[claim.source].rows} if claim.source in TABLES else {}
-    for name in ("voc", "context") if data == "toyland" else (data.removesuffix("-voc-first"),):
-        cells = [rows.get(cell, {}).get(name) for cell in (claim.better, *claim.worse)]
-        if None not in cells:
-            digits = digits_of(claim)
-            return f"{cells[0] - max(cells[1:]):+.{digits}f} ({NAMES[name]})".replace("-", "−")
-    return ""
-
-
-def claim_lines(claims: list[Claim], values: dict[Cell, list[float]], data: str) -> list[str]:
-    if not claims:
-        return []
-    lines = ["### Claims", "",
-             "The difference that a claim says is above zero, for each seed. Held: its mean, as it is shown, is above zero and "
-             "above its spread (standard deviation over seeds). Left out are claims that the paper's own numbers deny on this "
-             "dataset, and the shape of a sweep that ends at the recipe's own value.", "",
-             f"| | claim | paper | {data}: mean ± spread | each seed | |", "|---|---|---|---|---|---|"]
-    verdicts = []
-    for claim in claims:
-        difference, digits = differences(claim, values), digits_of(claim)
-        if difference:
-            verdicts.append(verdict(difference, digits))
-        each = " ".join(f"{value:+.{digits}f}".replace("-", "−") for value in difference)
-        lines.append("| " + " | ".join([claim.source, claim.text, in_paper(claim, data),
-                                        mean_and_spread(difference, digits) if difference else "", each,
-                                        verdicts[-1] if difference else "not run"]) + " |")
-    return [*lines, "", f"{verdicts.count('held')} of {len(verdicts)} held." if verdicts else "Nothing has been run.", ""]
+# ---------------------------------------------------------------------------- figures
 
 
 def points_of_figure_3(values: dict[Cell, list[float]], recipe: rectify.Recipe) -> dict:
-    """What figures.py draws figure 3 from: means over seeds, with their spread. The recipe's own point is in both curves."""
+    """What figure 3 is drawn from: means over seeds, with their spread. The recipe is in both curves."""
     where = {f"t={t:g}": [("t", t)] for t in THRESHOLDS} | {f"r={r:.3g}": [("r", r)] for r in RATIOS}
     where["reclip++"] = [("t", recipe.vote_threshold), ("r", recipe.window_ratio)]
     measured: dict = {"t": {}, "r": {}}
     for row in TABLES["figure3"].rows:
         if found := values.get(row.cell):
             for name, x in where.get(row.cell[0], []):
-                measured[name][x] = [float(np.mean(found)), float(np.std(found, ddof=1)) if len(found) > 1 else 0.0]
+                measured[name][x] = [fmean(found), stdev(found) if len(found) > 1 else 0.0]
     points = {name: [[x, *point] for x, point in of_name.items()] for name, of_name in measured.items()}
     if found := values.get(stage_1("whole-image")):
-        points["whole image"] = float(np.mean(found))
+        points["whole image"] = fmean(found)
     return points
 
 
 def draw(reproduction: Reproduction, wanted: list[str], values: dict[Cell, list[float]]) -> list[str]:
-    """Draw the wanted figures, of seed 0 but figure 3, and return their file names below the reproduction's folder."""
+    """Draw the wanted figures into the reproduction's folder, of seed 0 but figure 3. Returns file names."""
     wanted = [name for name in wanted if all(cell in values for cell in FIGURES[name])]
-    paths = []
-    if only := [int(name[-1]) for name in ("figure1", "figure4") if name in wanted]:
-        known = vars(reproduction.setup.args) | {"out": str(reproduction.out(Job("reclip++", "rectify", 0))), "only": only,
-                                             "labels": None, "show": None, "points": None}
-        paths = figures.main(argparse.Namespace(**known))
-    drawn = {path.name: path.read_bytes() for path in paths}
-    if "figure3" in wanted and (points := points_of_figure_3(values, reproduction.recipe))["t"] and points["r"]:
-        drawn["figure3_hypothesis.png"] = figures.png(figures.hypothesis_figure(points))
-    if "figure5" in wanted:
-        drawn["figure5_results.png"] = figure_5(reproduction)
+    ours, reclip = (reproduction.setup_of(Job(name, "rectify", 0)) for name in ("reclip++", "reclip"))
+    query, drawn = rectify.query_of(ours), {}
+    if "figure1" in wanted:
+        stages = evaluate.existing_stages(ours)
+        drawn |= figures.figure_1(ours, evaluate.predictors(ours, query, stages), reproduction.labels)
+    if "figure3" in wanted:
+        points = points_of_figure_3(values, reproduction.recipe)
+        if points["t"] and points["r"]:
+            drawn["figure3_hypothesis"] = figures.png(figures.hypothesis_figure(points))
+    if "figure4" in wanted:
+        drawn["figure4_logits"] = figures.figure_4(ours, query, figures.telling_pairs(ours, query))
+    if "figure5" in wanted:                                         # the stages of two runs side by side
+        columns = evaluate.titled(evaluate.predictors(ours, query, ["maskclip", "rectify", "distill"]))
+        [of_reclip] = evaluate.predictors(reclip, query, ["rectify"], systems.SYSTEMS["reclip"]).values()
+        order = ["MaskCLIP", "ReCLIP rectified", *list(columns)[1:]]
+        columns["ReCLIP rectified"] = of_reclip
+        drawn["figure5_results"] = figures.figure_5(ours, {name: columns[name] for name in order},
+                                                    reproduction.labels)
     for name, content in drawn.items():
-        content = figures.small_enough(content, figures.LARGEST)
-        files.write_atomically(reproduction.root / name, lambda file: file.write(content))
-    return sorted(drawn)
+        figures.write(reproduction.root / f"{name}.png", content)
+    return sorted(f"{name}.png" for name in drawn)
 
 
-def figure_5(reproduction: Reproduction) -> bytes:
-    """Image, MaskCLIP, ReCLIP, ReCLIP++, distilled, truth: the stages of two runs side by side. PNG."""
-    setup, of_other = (reproduction.setup_of(Job(name, "rectify", 0)) for name in ("reclip++", "reclip"))
-    query = rectify.query_of(reproduction.setup)
-    of_reclip = evaluate.predictors(of_other, query, ["rectify"], systems.SYSTEMS["reclip"])
-    ours = evaluate.predictors(setup, query, ["maskclip", "rectify", "distill"])
-    columns = {"MaskCLIP": ours["maskclip"], "ReCLIP rectified": of_reclip["rectify"], "ReCLIP++ rectified": ours["rectify"],
-               "ReCLIP++ distilled": ours["distill"]}
-    labels = ground_truth.true_label_files(setup.data, setup.root, list(setup.validation_images))
-    path = setup.folder("figures") / "figure5_results.png"
-    evaluate.picture_sheet(setup, columns, labels, path, rows=8, height=192)
-    return path.read_bytes()
-
-
-# ------------------------------------------------------------------------------------------ the run
+# ---------------------------------------------------------------------------- the run
 
 
 def main(args: argparse.Namespace) -> dict[Cell, list[float]]:
     """Run what is missing for `args.what`, write and print the results, return every cell's numbers."""
     if unknown := [name for name in args.what if name not in WHAT]:
         raise ValueError(f"expected one or more of {', '.join(WHAT)}, found {', '.join(unknown)}.")
-    wanted = [name for name in WHAT if name in args.what or not args.what]
     reproduction = Reproduction(args)
-    runs.refuse_folders(reproduction.root, "results.md", "results.json")
+    files.refuse_folders(reproduction.root, "results.md", "results.json")
     reproduction.open()
-    claims = [claim for claim in CLAIMS if claim.source in wanted and reproduction.asks(claim)]
-    cells = cells_of(wanted, claims)
-    jobs = reproduction.missing(cells)
+    made = {"data": reproduction.data, "what": [name for name in WHAT if name in args.what or not args.what],
+            "seeds": args.seeds, "epochs": args.epochs, "precision": args.precision,
+            "versions": machine.versions(), "same": reproduction.same}
+    cells = cells_of(made["what"], tables.claims_of(made))
+    jobs, failed, drawn = reproduction.missing(cells, args.seeds), [], []
     if args.plan:
-        for job in jobs:
-            print(*reproduction.commands(job), sep="\n")
-    failed = reproduction.run(jobs) if jobs and not args.plan else []
-    values = {}
-    for cell in cells:
-        found = [reproduction.value(cell, seed) for seed in range(args.seeds)]
-        if None not in found:
-            values[cell] = found
-    drawn = [] if args.plan else draw(reproduction, [name for name in wanted if name in FIGURES], values)
-    lines = [f"## {reproduction.data}: ours beside the paper's", "",
-             f"Seeds: {args.seeds}; epochs: {args.epochs or 'as in the recipes'}; {args.precision}; "
-             f"{machine.versions()}. ± is the standard deviation over seeds. mIoU in percent unless a row says otherwise.", ""]
-    for name in wanted:
-        if name in TABLES:
-            lines += table_lines(TABLES[name], values, reproduction.data)
-    lines += claim_lines(claims, values, reproduction.data)
-    text = "\n".join(lines)
+        print(*map(reproduction.typed, jobs), sep="\n")
+    elif jobs:
+        failed = reproduction.run(jobs)
+    values = reproduction.values(cells, args.seeds)
     if not args.plan:
-        pictures = "".join(f"\n![{name.removesuffix('.png').replace('_', ': ')}]({name})\n" for name in drawn)
-        files.write_atomically(reproduction.root / "results.md", lambda file: file.write((text + pictures).encode()))
-        files.write_json(reproduction.root / "results.json", {
-            "versions": machine.versions(), "seeds": args.seeds, "epochs": args.epochs,
-            "precision": args.precision, "values": {"/".join(cell): found for cell, found in values.items()},
-            "claims": [{"source": claim.source, "claim": claim.text, "differences": difference,
-                        "verdict": verdict(difference, digits_of(claim))}
-                       for claim in claims if (difference := differences(claim, values))]})
-    print(f"\n{text}")
+        drawn = draw(reproduction, [name for name in made["what"] if name in FIGURES], values)
+        tables.write(reproduction.root / "results.json", made, values, drawn)
+    print(f"\n{tables.page(made, values)}")
     if not args.plan:
-        print(f"Wrote {reproduction.root}/: results.md, results.json{''.join(f', {name}' for name in drawn)}")
+        print(f"Wrote {reproduction.root}/: {', '.join(['results.md', 'results.json', *drawn])}")
     if failed:
-        raise ValueError(f"expected {len(jobs)} commands to succeed, found {len(failed)} that failed; all that needs none of "
-                         f"them is done, and the same command tries them again. The first was {failed[0]}")
+        raise ValueError(f"expected {len(jobs)} commands to succeed, found {len(failed)} that failed; all "
+                         "that needs none of them is done, and the same command tries them again. The first "
+                         f"was {failed[0]}")
     return values
 
 

@@ -1,17 +1,18 @@
-"""The paper's measures beside mIoU: class preference and space preference (Table VII, Figure 1), linear probe (Table I).
+"""The paper's measures beside mIoU: class and space preference (Table VII, Figure 1), linear probe (Table I).
 
-    python paper/scores.py                           the two preferences of all stages of the newest run
-    python paper/scores.py --probe                   the linear probe too
-    python paper/scores.py --hypotheses              precision and recall of what stage 1 was told of its training images (Eq. 6)
+    python paper/scores.py                    the two preferences of all stages of the newest run
+    python paper/scores.py --probe            the linear probe too
+    python paper/scores.py --hypotheses       how right the hypotheses of the training images are (Eq. 6)
     python paper/scores.py --data photos --classes names.txt --labels photo_labels
 
-Here labels train something, and nowhere else: the classifier of the linear probe, which asks how much a frozen model's pixel
-embeddings know. It stands outside the method and no stage ever reads it. It and --hypotheses alone open training labels of
-the public datasets. Toyland has none on disk: their truth is drawn again, in memory. Everything else here opens validation
-labels, as evaluate.py does. Reads the checkpoints of one run, writes runs/<data>/scores/*.json.
+Here labels train something, and nowhere else: the classifier of the linear probe, which asks how much a
+frozen model's pixel embeddings know. It stands outside the method and no stage ever reads it. The probe and
+--hypotheses alone open training labels of the public datasets. Toyland has none on disk: their truth is drawn
+again, in memory. Everything else opens validation labels, as evaluate.py does. Reads the checkpoints of one
+run, writes runs/<data>/scores/*.json.
 
-    B images · C classes · D channels of an embedding · H,W pixels of an image's own label · h,w a stage's grid
-    N objects, or patches that the probe learns from · K bins of distance
+    B images · C classes · D channels of an embedding · H,W pixels of an image's own label
+    h,w a stage's grid · N objects, or patches that the probe learns from · K bins of distance
 """
 
 from __future__ import annotations
@@ -23,15 +24,14 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])      # modules are named from the project's folder
 
-from harness import errors
-from harness import flags as common
+from harness import errors, flags as common
 
 
 def flags() -> argparse.ArgumentParser:
     parser = common.parser(__doc__, "labels", "seed")
     extra = parser.add_argument_group("evaluation")
     extra.add_argument("--probe", action="store_true",
-                       help="train a linear classifier on the labels of training images, for each stage, and measure it")
+                       help="for each stage: teach a linear classifier with labels, and measure it")
     extra.add_argument("--hypotheses", action="store_true",
                        help="compare the hypotheses of the training images with their labels")
     return parser
@@ -54,22 +54,21 @@ import data
 import distill
 import evaluate
 import rectify
-from datasets import IGNORE, is_folder
-from datasets import images as image_files
-from datasets import labels as ground_truth
+from datasets import IGNORE, is_folder, labels as ground_truth
 from distill import System
 from evaluate import Predictor
 from harness import files, machine, runs
 from paper import systems
 from toyland import world as toyland
 
-# ------------------------------------------------------------------------------------------ class preference
+# ---------------------------------------------------------------------------- class preference
 
 
 def row_shares(confusion: Tensor) -> Tensor:
-    """Of the pixels of class i (row), the share that is called j (column): (C, C) float64, rows sum to one. Figure 1.
+    """Of the pixels of class i (row), the share that is called j (column): (C, C) float64. Figure 1.
 
-    confusion: counts as of `evaluate.confusion_matrix`. The row of a class that the truth does not hold is NaN.
+    confusion: counts as of `evaluate.confusion_matrix`. Rows sum to one; the row of a class that the truth
+    does not hold is NaN.
     """
     return confusion.double() / confusion.sum(dim=1, keepdim=True)              # 0 / 0 is NaN, on purpose
 
@@ -77,16 +76,17 @@ def row_shares(confusion: Tensor) -> Tensor:
 def class_preference(confusion: Tensor) -> float:
     """By how much a class is preferred to its strongest rival, in [−1, 1], higher is better. Table VII.
 
-    confusion (C, C), counts, truth in rows. In each row of `row_shares`: the diagonal minus the largest other entry, so 1
-    where a class is always recognised, 0 where it is called another as often, −1 where it always is called one other. The
-    mean over the classes that occur in the truth: NaN when none does.
+    confusion (C, C), counts, truth in rows. In each row of `row_shares`: the diagonal minus the largest other
+    entry. So 1 where a class is always recognised, 0 where it is called another as often, −1 where it always
+    is called one other. The mean over the classes that occur in the truth: NaN when none does.
     """
     shares = row_shares(confusion)
-    rival = shares.masked_fill(torch.eye(len(shares), dtype=torch.bool, device=shares.device), 0).amax(dim=1)     # (C,)
+    itself = torch.eye(len(shares), dtype=torch.bool, device=shares.device)
+    rival = shares.masked_fill(itself, 0).amax(dim=1)                                           # (C,)
     return (shares.diagonal() - rival).nanmean().item()
 
 
-# ------------------------------------------------------------------------------------------ space preference
+# ---------------------------------------------------------------------------- space preference
 
 BINS = 10                       # [ours] of equal width, from the centre (0) to a corner (1)
 
@@ -94,17 +94,17 @@ BINS = 10                       # [ours] of equal width, from the centre (0) to 
 def connected_pieces(values: Tensor) -> Tensor:
     """The number of the connected piece that each pixel belongs to: (H, W) → (H, W) int64 in 0..N−1.
 
-    A piece is pixels of one value that touch along a side (a corner is not enough). Numbers follow reading order.
-    Runs of equal pixels in a row are found first, and each points to itself. Where two runs touch that point to different
-    ones, the later of these points to the earlier, and every run points on to where its target points, until all runs of a
-    piece point to its first.
+    A piece is pixels of one value that touch along a side (a corner is not enough). Numbers follow reading
+    order. Runs of equal pixels in a row are found first, and each points to itself. Where two runs touch that
+    point to different ones, the later of these points to the earlier, and every run points on to where its
+    target points, until all runs of a piece point to its first.
     """
     begins = torch.ones_like(values, dtype=torch.bool)
     begins[:, 1:] = values[:, 1:] != values[:, :-1]
-    run = begins.flatten().cumsum(dim=0).view(values.shape) - 1                                   # (H, W)
+    run = begins.flatten().cumsum(dim=0).view(values.shape) - 1                                 # (H, W)
     # Two runs that overlap do so first where one of them begins: every pair is found once.
     meet = (values[1:] == values[:-1]) & (begins[1:] | begins[:-1])
-    pairs = torch.stack([run[:-1][meet], run[1:][meet]])                                          # (2, pairs)
+    pairs = torch.stack([run[:-1][meet], run[1:][meet]])                                        # (2, pairs)
     first = torch.arange(int(run[-1, -1]) + 1, device=values.device)
     while not torch.equal(*(ends := first[pairs])):
         first.scatter_reduce_(0, ends.amax(dim=0), ends.amin(dim=0), reduce="amin")
@@ -113,49 +113,53 @@ def connected_pieces(values: Tensor) -> Tensor:
 
 
 def objects(true_label: Tensor) -> tuple[Tensor, Tensor]:
-    """What is a thing of its own in a label, and how far from the middle it lies: `(number (H, W), distance (N,))`.
+    """The objects of a label, and how far from the middle each lies: `(number (H, W), distance (N,))`.
 
-    true_label (H, W): classes, 255 ignored. An object is a connected piece of one class (`connected_pieces`); ignored pixels
-    belong to none, number −1. Labels here know classes, not instances: two cars that touch are one object, one car behind a
-    pole is two. To take all pixels of a class in an image for one object would be worse: of a car left and a car right the
-    centroid lies in the middle, where there is none.
-    distance, float64: from the object's centroid to the image's centre, in halves of the image's diagonal: 0 is the centre,
-    a corner is 1. So it is the same for an image at any size.
+    true_label (H, W): classes, 255 ignored. An object is a connected piece of one class (`connected_pieces`);
+    ignored pixels belong to none, number −1. Labels here know classes, not instances: two cars that touch are
+    one object, one car behind a pole is two. To take all pixels of a class in an image for one object would
+    be worse: of a car left and a car right the centroid lies in the middle, where there is none.
+
+    distance, float64: from the object's centroid to the image's centre, in halves of the image's diagonal: 0
+    is the centre, a corner is 1. So it is the same for an image at any size.
     """
     H, W = true_label.shape
     piece, counted = connected_pieces(true_label), true_label != IGNORE
     is_object = torch.zeros(int(piece.max()) + 1, dtype=torch.bool, device=piece.device)
     is_object[piece[counted]] = True
-    number = torch.where(is_object, is_object.cumsum(dim=0) - 1, -1)[piece]     # without gaps where ignored pieces were
-    rows, columns = torch.arange(H) - (H - 1) / 2, torch.arange(W) - (W - 1) / 2                  # 0 is the centre
+    # without gaps where ignored pieces were
+    number = torch.where(is_object, is_object.cumsum(dim=0) - 1, -1)[piece]
+    rows, columns = torch.arange(H) - (H - 1) / 2, torch.arange(W) - (W - 1) / 2             # 0 is the centre
     y, x = (axis.double().to(number.device)[counted] for axis in torch.meshgrid(rows, columns, indexing="ij"))
-    pixels = torch.bincount(number[counted])                                                      # (N,)
+    pixels = torch.bincount(number[counted])                                                    # (N,)
     centroid = (torch.bincount(number[counted], weights=axis) / pixels for axis in (y, x))
     return number, torch.hypot(*centroid) / ((H * H + W * W) ** 0.5 / 2)
 
 
 def bin_of(distance: Tensor, bins: int) -> Tensor:
-    """Which of `bins` equal parts of [0, 1] a distance lies in; of two neighbours the outer one has their boundary."""
-    return (distance * bins + 1e-9).long().clamp(max=bins - 1)          # the last bits of a distance must not decide
+    """Which of `bins` equal parts of [0, 1] a distance lies in. A boundary belongs to the outer neighbour."""
+    return (distance * bins + 1e-9).long().clamp(max=bins - 1)      # a distance's last bits must not decide
 
 
 def bins_of_pixels(true_label: Tensor, bins: int) -> tuple[Tensor, Tensor]:
-    """In which bin of distance each pixel counts, and how many objects each bin holds: `(place (H, W), counts (K,))`, int64.
+    """In which bin each pixel counts, and the objects of each bin: `(place (H, W), counts (K,))`, int64.
 
-    A pixel's bin is that of the object it belongs to in truth, wherever the pixel itself lies; −1 for ignored pixels.
+    A pixel's bin is that of the object it belongs to in truth, wherever the pixel itself lies; −1 for ignored
+    pixels.
     """
     number, distance = objects(true_label)
-    of_object = bin_of(distance, bins)                                                            # (N,)
+    of_object = bin_of(distance, bins)                                                          # (N,)
     place = torch.full_like(number, -1)
     place[number >= 0] = of_object[number[number >= 0]]
     return place, torch.bincount(of_object, minlength=bins)
 
 
-def confusion_by_distance(true_label: Tensor, place: Tensor, predicted: Tensor, classes: int, bins: int) -> Tensor:
+def confusion_by_distance(true_label: Tensor, place: Tensor, predicted: Tensor, classes: int,
+                          bins: int) -> Tensor:
     """One confusion matrix for each bin of distance: (K, C, C) int64, truth in rows.
 
-    true_label, place (of `bins_of_pixels`) and predicted: (H, W). Every counted pixel is in one bin, so the sum over the
-    bins is `evaluate.confusion_matrix`, and the matrices of many images add up.
+    true_label, place (of `bins_of_pixels`) and predicted: (H, W). Every counted pixel is in one bin, so the
+    sum over the bins is `evaluate.confusion_matrix`, and the matrices of many images add up.
     """
     counted = place >= 0
     cell = (place[counted] * classes + true_label[counted].long()) * classes + predicted[counted].long()
@@ -163,20 +167,22 @@ def confusion_by_distance(true_label: Tensor, place: Tensor, predicted: Tensor, 
 
 
 def distance_curve(confusion: Tensor) -> Tensor:
-    """mIoU of the objects at each distance: (K, C, C) → (K,) in [0, 1], NaN for a bin without objects. Figure 1.
+    """mIoU of the objects at each distance: (K, C, C) → (K,) in [0, 1], NaN without objects. Figure 1.
 
-    With I pixels of class k's objects found, out of G, and F pixels that are called k and are not, IoU is I / (G + F). I and
-    G belong to objects, so to bins. F belongs to no object of k: every bin gets the part of F that it has of G. Then a class
-    that is found equally well everywhere has its own IoU in every bin, and for any class the mean over the bins, weighted
-    by G, is its IoU. A bin's mIoU is the mean over the classes that occur in its truth.
-    To charge F where the pixels' true objects lie would be another measure: wide stuff (sky, road) has its centroid near
-    the centre and is where most false cars are, so that cars in the centre would seem worst. In Toyland that alone makes
-    a slope of +0.57 for the things of MaskCLIP, where this curve has +0.04.
+    With I pixels of class k's objects found, out of G, and F pixels that are called k and are not, IoU is I /
+    (G + F). I and G belong to objects, so to bins. F belongs to no object of k: every bin gets the part of F
+    that it has of G. Then a class that is found equally well everywhere has its own IoU in every bin, and for
+    any class the mean over the bins, weighted by G, is its IoU. A bin's mIoU is the mean over the classes
+    that occur in its truth.
+
+    To charge F where the pixels' true objects lie would be another measure: wide stuff (sky, road) has its
+    centroid near the centre and is where most false cars are, so that cars in the centre would seem worst. In
+    Toyland that alone makes a slope of +0.57 for the things of MaskCLIP, where this curve has +0.04.
     """
-    G = confusion.sum(dim=2).double()                                                             # (K, C)
-    found = confusion.diagonal(dim1=1, dim2=2).double()                                           # I  (K, C)
-    false = confusion.sum(dim=(0, 1)) - found.sum(dim=0)                                          # F  (C,)
-    iou = found / (G + false * G / G.sum(dim=0))                # 0 / 0 is NaN, for a class that is not in the bin's truth
+    G = confusion.sum(dim=2).double()                                                           # (K, C)
+    found = confusion.diagonal(dim1=1, dim2=2).double()                                         # I  (K, C)
+    false = confusion.sum(dim=(0, 1)) - found.sum(dim=0)                                        # F  (C,)
+    iou = found / (G + false * G / G.sum(dim=0))        # 0 / 0 is NaN: a class that is not in the bin's truth
     return iou.nanmean(dim=1)
 
 
@@ -185,14 +191,26 @@ def bin_middles(bins: int) -> Tensor:
     return (torch.arange(bins, dtype=torch.float64) + 0.5) / bins
 
 
-def space_preference(curve: Tensor, counts: Tensor) -> float:
-    """How much mIoU changes on the way from the centre to a corner: the slope of the curve, 0 is even-handed. Table VII.
+def space_preference(curve: Tensor) -> float:
+    """The mean of the curve's slopes between neighbouring distances, as the paper words it. Table VII.
 
-    curve (K,) as of `distance_curve`, counts (K,) objects in each bin. In mIoU (0 to 1) per half diagonal; below 0 where
-    what lies outside is recognised less, and then higher is better. NaN when fewer than two bins hold objects.
-    The slope of the least-squares line through the bins' middles, each bin weighted by its number of objects: the mean of
-    the differences between neighbours would be the difference of the first bin and the last, and the last ones hold a
-    handful of objects. A bin without objects has no weight, which is all that is done about it.
+    curve (K,) as of `distance_curve`, NaN where there are no objects: such a bin is passed over, and the
+    slope is taken across it. In mIoU (0 to 1) per half diagonal; below 0 where what lies outside is
+    recognised less, 0 is even-handed, higher is better. NaN for a curve of fewer than two points.
+
+    The appendix that draws it is not at hand. With equal distances the mean is the difference of the curve's
+    two ends over the way between them: it hangs on the first and the last bin, which hold few objects.
+    """
+    held = ~curve.isnan()
+    x, y = bin_middles(len(curve)).to(curve.device)[held], curve[held]
+    return (y.diff() / x.diff()).mean().item()              # of none: NaN
+
+
+def space_slope(curve: Tensor, counts: Tensor) -> float:
+    """Ours beside it: the slope of the least-squares line through the curve. Every object counts once.
+
+    curve (K,) as of `distance_curve`, counts (K,) objects in each bin, the weights. Same unit and same sign
+    as `space_preference`. NaN when fewer than two bins hold objects.
     """
     held = counts > 0
     x, y, weight = bin_middles(len(curve)).to(curve.device)[held], curve[held], counts[held].double()
@@ -200,29 +218,30 @@ def space_preference(curve: Tensor, counts: Tensor) -> float:
     return ((weight * x * y).sum() / (weight * x * x).sum()).item() if len(x) > 1 else float("nan")
 
 
-# ------------------------------------------------------------------------------------------ over a dataset
+# ---------------------------------------------------------------------------- over a dataset
 
 
 def confusions(setup: data.Setup, found: dict[str, Predictor], labels: dict[str, Path],
                bins: int = BINS) -> dict[str, tuple[Tensor, Tensor]]:
-    """Over all images, for each stage: one confusion matrix a bin of distance, and its objects, `((K, C, C), (K,))`."""
-    classes = len(setup.vocabulary)
-    total = {stage: (torch.zeros(bins, classes, classes, dtype=torch.int64), torch.zeros(bins, dtype=torch.int64))
+    """For each stage: a confusion matrix for every bin of distance (K, C, C), and the bin's objects (K,)."""
+    C = len(setup.vocabulary)
+    total = {stage: (torch.zeros(bins, C, C, dtype=torch.int64), torch.zeros(bins, dtype=torch.int64))
              for stage in found}
     for true_label, of_stages in evaluate.predictions(setup, found, labels):
         place, objects_in = bins_of_pixels(true_label, bins)
         for stage, predicted in of_stages.items():
             confusion, counts = total[stage]
-            confusion += confusion_by_distance(true_label, place, predicted, classes, bins).cpu()
+            confusion += confusion_by_distance(true_label, place, predicted, C, bins).cpu()
             counts += objects_in.cpu()
     return total
 
 
 def preferences(confusion: Tensor, counts: Tensor) -> dict:
-    """Both scores and the curve, of a stage's matrices (K, C, C) and objects (K,), as scores.json holds them."""
+    """Scores and curve, of a stage's matrices (K, C, C) and objects (K,), as scores.json holds them."""
     curve = distance_curve(confusion)
     return {"class_preference": rounded(class_preference(confusion.sum(dim=0))),
-            "space_preference": rounded(space_preference(curve, counts)),
+            "space_preference": rounded(space_preference(curve)),
+            "space_slope": rounded(space_slope(curve, counts)),
             "curve": {"distance": [rounded(x) for x in bin_middles(len(curve)).tolist()],
                       "miou": [rounded(100 * y, 2) for y in curve.tolist()], "objects": counts.tolist()}}
 
@@ -232,27 +251,26 @@ def rounded(value: float, digits: int = 4) -> float | None:
     return None if value != value else round(value, digits)
 
 
-# ------------------------------------------------------------------------------------------ the linear probe
+# ---------------------------------------------------------------------------- the linear probe
 
 
 @dataclass(frozen=True)
 class ProbeRecipe:
     """Every number of the linear probe; the paper gives none. [ours]"""
-    images: int = 2000                      # at most so many training images, evenly spaced: all of VOC, not all of COCO
-    patches: int = 100                      # of each, drawn at random; neighbours say nearly the same
-    decay: float = 1e-4                     # weight of ½‖W‖², of standardised channels: makes the optimum one point
-    steps: int = 200                        # of L-BFGS, at most
+    images: int = 2000          # at most so many training images, evenly spaced: all of VOC, not all of COCO
+    patches: int = 100          # of each, drawn at random; neighbours say nearly the same
+    decay: float = 1e-4         # weight of ½‖W‖², of standardised channels: makes the optimum one point
+    steps: int = 200            # of L-BFGS, at most
 
 
 def embeddings(setup: data.Setup, query: Tensor, stages: list[str], system: System) -> dict[str, Predictor]:
     """What each stage makes of a pixel before it is given a class: (B, D, h, w) in the place of logits.
 
-    vanilla, maskclip   CLIP's dense features, the one through the attention of the last block, the other past it (Z).
-    rectify             the decoder's output M_o, C channels. Stage 1 leaves Z as it is: a probe of Z would measure MaskCLIP
-                        a second time. M_o is all that rectification adds to a pixel. With fewer channels than Z (C for D)
-                        it may know less than Z: it shows what the decoder keeps.
-    distill             the student's Ẑ. Table I's one number for ReCLIP++ can only mean this: it is the one embedding that
-                        the method trains.
+    vanilla, maskclip   CLIP's dense features: through the attention of the last block, and past it (Z).
+    rectify             the decoder's output M_o, C channels. Stage 1 leaves Z as it is: a probe of Z would
+                        measure MaskCLIP a second time. M_o is all that rectification adds to a pixel. With
+                        fewer channels than Z (C for D) it may know less: it shows what the decoder keeps.
+    distill             the student's Ẑ: what Table I calls (LP), the features after both stages.
     """
     found = evaluate.predictors(setup, query, stages, system)
     for stage, predictor in found.items():
@@ -263,14 +281,16 @@ def embeddings(setup: data.Setup, query: Tensor, stages: list[str], system: Syst
     return found
 
 
-def fit_linear(features: Tensor, true_label: Tensor, classes: int, decay: float, steps: int) -> tuple[Tensor, Tensor]:
-    """The linear classifier that explains labels best: features (N, D), true_label (N,) → weight (C, D), bias (C,).
+def fit_linear(features: Tensor, true_label: Tensor, classes: int, decay: float,
+               steps: int) -> tuple[Tensor, Tensor]:
+    """The linear classifier that explains labels best: (N, D), (N,) → weight (C, D), bias (C,).
 
-    Softmax regression on channels of mean 0 and variance 1 (so that stages of other scales meet the same decay): the minimum
-    of the mean cross-entropy plus decay · ½‖W‖². The problem is strictly convex in W: the result depends on no learning
-    rate, no order and no seed. L-BFGS from zero on all N at once. The standardisation is folded into weight and bias.
+    Softmax regression on channels of mean 0 and variance 1 (so that stages of other scales meet the same
+    decay): the minimum of the mean cross-entropy plus decay · ½‖W‖². The problem is strictly convex in W: the
+    result depends on no learning rate, no order and no seed. L-BFGS from zero on all N at once. The
+    standardisation is folded into weight and bias.
     """
-    mean, std = features.mean(dim=0), features.std(dim=0, correction=0).clamp(min=1e-6)           # (D,) both
+    mean, std = features.mean(dim=0), features.std(dim=0, correction=0).clamp(min=1e-6)         # (D,) both
     x = (features - mean) / std
     weight = torch.zeros(classes, x.shape[1], device=x.device, requires_grad=True)
     bias = torch.zeros(classes, device=x.device, requires_grad=True)
@@ -289,10 +309,10 @@ def fit_linear(features: Tensor, true_label: Tensor, classes: int, decay: float,
 
 
 class DrawnScenes(torch.utils.data.Dataset):
-    """For the probe alone: Toyland's training scenes with their truth, as `evaluate.LabelledImages` would give them.
+    """Toyland's training scenes with their truth, as `evaluate.LabelledImages` would give them.
 
-    The truth of these scenes is on no disk, so that nothing that trains could read it. A scene is a function of its number,
-    though: here both are drawn again and forgotten.
+    The truth of these scenes is on no disk, so that nothing that trains could read it. A scene is a function
+    of its number, though: here both are drawn again and forgotten.
     """
 
     def __init__(self, ids: list[str], short_side: int, multiple: int):
@@ -307,23 +327,26 @@ class DrawnScenes(torch.utils.data.Dataset):
         return self.ids[index], data.to_tensor(image), torch.from_numpy(truth.astype(np.int64))
 
 
-def labelled_training_images(setup: data.Setup, short_side: int, most: int, flag: str) -> torch.utils.data.Dataset:
+def labelled_training_images(setup: data.Setup, short_side: int, most: int,
+                             flag: str) -> torch.utils.data.Dataset:
     """For what `flag` asks for: at most `most` training images, evenly spaced, with their true labels.
 
-    Raises ValueError for a folder of one's own images, which has no second part to measure on, and when there are no labels.
+    Raises ValueError for a folder of one's own images, which has no second part to measure on, and when there
+    are no labels.
     """
     if is_folder(setup.data):
-        raise ValueError(f"{flag} --data {setup.data}: expected a dataset with labels for training and others for "
-                         f"validation; found a folder of your own images. Leave {flag} out.")
+        raise ValueError(f"{flag} --data {setup.data}: expected a dataset with labels for training and "
+                         f"others for validation; found a folder of your own images. Leave {flag} out.")
     patch, images = setup.clip_model.visual.patch_size, setup.training_images
     if setup.data == "toyland":
         return DrawnScenes(evenly_spaced(list(images), most), short_side, patch)
     labels = ground_truth.label_files(setup.data, setup.root, "train", list(images))
     if not labels:
-        raise ValueError(f"{flag} --data {setup.data}: expected labels of its training images, found none. Unpack them, or "
-                         f"leave {flag} out.")
+        raise ValueError(f"{flag} --data {setup.data}: expected labels of its training images, found none. "
+                         f"Unpack them, or leave {flag} out.")
     chosen = {name: labels[name] for name in evenly_spaced(list(labels), most)}
-    return evaluate.LabelledImages(images, chosen, ground_truth.lookup_table(setup.data, len(setup.vocabulary)), short_side, patch)
+    read_label = ground_truth.LabelReader(setup.data, len(setup.vocabulary))
+    return evaluate.LabelledImages(images, chosen, read_label, short_side, patch)
 
 
 def evenly_spaced(items: list, most: int) -> list:
@@ -335,7 +358,8 @@ def evenly_spaced(items: list, most: int) -> list:
 def label_at_centres(true_label: Tensor, h: int, w: int) -> Tensor:
     """The label of the pixel in the middle of each cell of a grid: (H, W) → (h, w).
 
-    The probe learns patches and is measured on pixels: at the centre of a patch, up-sampling leaves its logits as they are.
+    The probe learns patches and is measured on pixels: at the centre of a patch, up-sampling leaves its
+    logits as they are.
     """
     H, W = true_label.shape
     rows, columns = ((torch.arange(cells) * 2 + 1) * side // (2 * cells) for cells, side in ((h, H), (w, W)))
@@ -345,7 +369,7 @@ def label_at_centres(true_label: Tensor, h: int, w: int) -> Tensor:
 @torch.no_grad()
 def labelled_patches(setup: data.Setup, found: dict[str, Predictor], recipe: ProbeRecipe,
                      seed: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """What the probe of each stage learns from: embeddings (N, D) of patches of training images, and their classes (N,).
+    """What each stage's probe learns from: embeddings (N, D) of patches of training images, and classes (N,).
 
     Stages of one grid get the same patches; which they are depends on seed and image alone.
     """
@@ -357,111 +381,126 @@ def labelled_patches(setup: data.Setup, found: dict[str, Predictor], recipe: Pro
         for name, image, true_label in tqdm(loader, desc="embedding", unit="image"):
             with machine.autocast(setup.device, setup.precision):
                 embedded = evaluate.logits_of_all(setup, of_size, image[None].to(setup.device))
-            for stage, (dense,) in embedded.items():                                              # (D, h, w)
-                label = label_at_centres(true_label, *dense.shape[-2:]).flatten()                 # (h·w,)
+            for stage, (dense,) in embedded.items():                                            # (D, h, w)
+                label = label_at_centres(true_label, *dense.shape[-2:]).flatten()               # (h·w,)
                 generator = torch.Generator().manual_seed(machine.seed_of(seed, "probe", name))
                 chosen = torch.randperm(len(label), generator=generator)[:recipe.patches]
-                chosen = chosen[label[chosen] != IGNORE]
-                parts[stage].append((dense.flatten(start_dim=1).T[chosen.to(dense.device)], label[chosen].to(dense.device)))
+                chosen, patches = chosen[label[chosen] != IGNORE], dense.flatten(start_dim=1).T
+                parts[stage].append((patches[chosen.to(dense.device)], label[chosen].to(dense.device)))
     whole = {stage: tuple(map(torch.cat, zip(*of_stage))) for stage, of_stage in parts.items()}
     if not all(len(classes) for _, classes in whole.values()):
-        raise ValueError(f"--probe --data {setup.data}: expected training labels that name a class, found ignored pixels "
-                         "(255) alone.")
+        raise ValueError(f"--probe --data {setup.data}: expected training labels that name a class, found "
+                         "ignored pixels (255) alone.")
     return whole
 
 
 def linear_probes(setup: data.Setup, query: Tensor, stages: list[str], labels: dict[str, Path],
                   recipe: ProbeRecipe, seed: int, system: System) -> dict[str, dict]:
-    """For each stage: train one linear classifier on its frozen embeddings of training images, measure it on validation.
+    """Train a linear classifier on each stage's frozen embeddings, measure it on validation images. Table I.
 
-    Table I. Returns what `evaluate.measures` says of the predictions (mIoU and friends, in percent), with the number of
-    patches that the probe learned from.
+    Returns what `evaluate.measures` says of the predictions (mIoU and friends, in percent), with the
+    number of patches that the probe learned from.
     """
-    found = embeddings(setup, query, stages, system)
-    patches = labelled_patches(setup, found, recipe, seed)
-    fitted = {stage: fit_linear(*both, len(setup.vocabulary), recipe.decay, recipe.steps) for stage, both in patches.items()}
-    probes = {stage: replace(found[stage], logits=probe_on(found[stage].logits, *fitted[stage])) for stage in stages}
-    return {stage: evaluate.measures(confusion.sum(dim=0), setup.vocabulary.names) | {"patches": len(patches[stage][1])}
+    found, C = embeddings(setup, query, stages, system), len(setup.vocabulary)
+    patches, probes = labelled_patches(setup, found, recipe, seed), {}
+    for stage, (features, classes) in patches.items():
+        weight, bias = fit_linear(features, classes, C, recipe.decay, recipe.steps)
+        probes[stage] = replace(found[stage], logits=probe_on(found[stage].logits, weight, bias))
+    return {stage: evaluate.measures(confusion.sum(dim=0), setup.vocabulary.names)
+            | {"patches": len(patches[stage][1])}
             for stage, (confusion, _) in confusions(setup, probes, labels, bins=1).items()}
 
 
 def probe_on(embed: Callable[[Tensor], Tensor], weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
-    """A stage with its own head taken off and the probe in its place: what `embed` takes → logits (B, C, h, w)."""
+    """A stage with the probe in the place of its own head: what `embed` takes → logits (B, C, h, w)."""
     return lambda seen: torch.einsum("bdhw,cd->bchw", embed(seen).float(), weight) + bias[:, None, None]
 
 
-# ------------------------------------------------------------------------------------------ the hypotheses
+# ---------------------------------------------------------------------------- the hypotheses
 
 LEAST = 0.001                   # [ours] of the pixels that have a label: a class is in an image from here on
 
 
 def precision_and_recall(hypothesis: Tensor, truth: Tensor) -> tuple[float | None, float | None]:
-    """Of what is named the share that is there, and of what is there the share that is named; None for 0 / 0. Both bool."""
-    right = (hypothesis & truth).sum().item()
-    return tuple(round(right / count, 4) if count else None for count in (hypothesis.sum().item(), truth.sum().item()))
+    """Of what is named the share that is there, and of what is there the share that is named. Both bool.
+
+    None for 0 / 0.
+    """
+    right, named, there = ((hypothesis & truth).sum().item(), hypothesis.sum().item(), truth.sum().item())
+    return tuple(round(right / count, 4) if count else None for count in (named, there))
 
 
 def hypothesis_scores(setup: data.Setup, query: Tensor, system: System) -> dict:
-    """How right H of Eq. 6 is about the training images, as the run's recipe (or its system's rule) has it.
+    """How right H of Eq. 6 is about the training images, as the run's recipe and its system's votes have it.
 
-    A class is in an image if it has a thousandth of the pixels that have a label. classes: of an H, on average; precision and
-    recall over all pairs of image and class, and of every class.
+    A class is in an image if it has a thousandth of the pixels that have a label. classes: of an H, on
+    average; precision and recall over all pairs of image and class, and of every class.
     """
     recipe, images, C = evaluate.stage_1_recipe(setup), setup.training_images, len(setup.vocabulary)
     labelled, rows = labelled_training_images(setup, recipe.short_side, len(images), "--hypotheses"), {}
-    for name, _, true_label in tqdm(torch.utils.data.DataLoader(labelled, batch_size=None, num_workers=setup.workers),
-                                    desc="labels", unit="image"):
+    loader = torch.utils.data.DataLoader(labelled, batch_size=None, num_workers=setup.workers)
+    for name, _, true_label in tqdm(loader, desc="labels", unit="image"):
         pixels = torch.bincount(true_label[true_label != IGNORE].flatten(), minlength=C)
         rows[name] = pixels > LEAST * pixels.sum()
-    votes = rectify.votes_of(setup, query, recipe, system.teacher or system)
-    hypotheses = rectify.multi_label_hypothesis(votes, recipe.vote_threshold)
-    H, truth = hypotheses[[number for number, name in enumerate(images) if name in rows]], torch.stack(list(rows.values()))
+    of_stage_1 = systems.rectification_of(system)
+    votes = rectify.votes_of(setup, query, recipe, of_stage_1)
+    H = rectify.multi_label_hypothesis(votes, recipe.vote_threshold)
+    H = H[[number for number, name in enumerate(images) if name in rows]]     # of those with a label
+    truth = torch.stack(list(rows.values()))
     precision, recall = precision_and_recall(H, truth)
-    return {"images": len(H), "classes": round(H.sum(dim=1).float().mean().item(), 2), "precision": precision, "recall": recall,
-            "per_class": {name: precision_and_recall(H[:, k], truth[:, k]) for k, name in enumerate(setup.vocabulary.names)},
-            "window_ratio": recipe.window_ratio, "vote_threshold": recipe.vote_threshold, "system": (system.teacher or system).name}
+    return {"images": len(H), "classes": round(H.sum(dim=1).float().mean().item(), 2),
+            "precision": precision, "recall": recall,
+            "per_class": {name: precision_and_recall(H[:, k], truth[:, k])
+                          for k, name in enumerate(setup.vocabulary.names)},
+            "window_ratio": recipe.window_ratio, "vote_threshold": recipe.vote_threshold,
+            "system": of_stage_1.name}
 
 
 def print_hypotheses(found: dict) -> None:
     print(f"\nHypotheses of {found['images']} training images, {found['classes']:.1f} classes each"
           f"\n{'':22}{'precision':>10}{'recall':>10}")
-    for name, (precision, recall) in {"all": (found["precision"], found["recall"]), **found["per_class"]}.items():
+    rows = {"all": (found["precision"], found["recall"]), **found["per_class"]}
+    for name, (precision, recall) in rows.items():
         print(f"{name:22}{shown(precision, 2):>10}{shown(recall, 2):>10}")
 
 
-# ------------------------------------------------------------------------------------------ the run
+# ---------------------------------------------------------------------------- the run
 
 
 def open_measured(args: argparse.Namespace) -> tuple[data.Setup, Tensor, dict[str, Path], list[str], System]:
-    """The newest run, or that of `--data`: its setup, query, validation labels (perhaps none), stages and system."""
-    checkpoint = runs.find(args.out, args.data, "distill", "rectify")       # a student says which system it is of
-    setup = data.open_setup(args, checkpoint)
+    """The newest run, or that of `--data`: its setup, query, validation labels (or none), stages, system."""
+    setup = data.open_setup(args, runs.find(args.out, args.data, "rectify", "distill"))
     evaluate.refuse_labels_of(setup, args.labels)
-    labels = ground_truth.true_label_files(setup.data, setup.root, list(setup.validation_images), args.labels) \
-        if ground_truth.labels_fit(setup.data, setup.vocabulary.names) else {}
-    system = systems.of(checkpoint) if checkpoint else System()
-    return setup, rectify.query_of(setup), labels, evaluate.existing_stages(setup), system
+    labels = {}
+    if ground_truth.labels_fit(setup.data, setup.vocabulary.names):
+        ids = list(setup.validation_images)
+        labels = ground_truth.true_label_files(setup.data, setup.root, ids, args.labels)
+    *_, last = stages = evaluate.existing_stages(setup)
+    system = System()                           # the furthest stage says which system it is of
+    if last in ("rectify", "distill"):
+        system = systems.of(runs.load(setup.folder(last) / "checkpoint.pt", last))
+    return setup, rectify.query_of(setup), labels, stages, system
 
 
 def print_scores(scores: dict) -> None:
     """The stages as rows; below, the curve of each."""
     one = next(iter(scores.values()))
-    objects_in = one["curve"]["objects"]
-    print(f"\n{one['fingerprint']['data']}: {one['fingerprint']['images']} images, {sum(objects_in)} objects, "
-          f"{len(one['fingerprint']['classes'])} classes, {one['fingerprint']['precision']}")
-    print(f"{'':22}{'class preference':>18}{'space preference':>18}" + f"{'linear probe, mIoU':>20}" * ("probe" in one))
+    made, objects_in = one["fingerprint"], one["curve"]["objects"]
+    print(f"\n{made['data']}: {made['images']} images, {sum(objects_in)} objects, "
+          f"{len(made['classes'])} classes, {made['precision']}")
+    titles = {stage: evaluate.title(stage, found["fingerprint"]["system"]) for stage, found in scores.items()}
+    width = max(20, *map(len, titles.values())) + 2
+    print(f"{'':{width}}{'class preference':>18}{'space preference':>18}{'space slope':>13}"
+          + f"{'linear probe, mIoU':>20}" * ("probe" in one))
     for stage, found in scores.items():
-        print(f"{titled(stage, found):22}{shown(found['class_preference'], 3):>18}{shown(found['space_preference'], 3):>18}"
+        print(f"{titles[stage]:{width}}{shown(found['class_preference'], 3):>18}"
+              f"{shown(found['space_preference'], 3):>18}{shown(found['space_slope'], 3):>13}"
               + (f"{found['probe']['miou']:20.1f}" if "probe" in one else ""))
     print("\nmIoU (percent) by the distance of an object from the centre, in half diagonals")
-    print(f"{'':22}" + "".join(f"{x:7.2f}" for x in one["curve"]["distance"]))
+    print(f"{'':{width}}" + "".join(f"{x:7.2f}" for x in one["curve"]["distance"]))
     for stage, found in scores.items():
-        print(f"{titled(stage, found):22}" + "".join(f"{shown(y, 1):>7}" for y in found["curve"]["miou"]))
-    print(f"{'objects':22}" + "".join(f"{count:7}" for count in objects_in))
-
-
-def titled(stage: str, found: dict) -> str:
-    return evaluate.title(stage, found["fingerprint"]["system"])
+        print(f"{titles[stage]:{width}}" + "".join(f"{shown(y, 1):>7}" for y in found["curve"]["miou"]))
+    print(f"{'objects':{width}}" + "".join(f"{count:7}" for count in objects_in))
 
 
 def shown(value: float | None, digits: int) -> str:
@@ -471,26 +510,28 @@ def shown(value: float | None, digits: int) -> str:
 def main(args: argparse.Namespace) -> dict:
     """Score all stages of the newest run (or of `--data`), write scores.json, return the scores."""
     setup, query, labels, stages, system = open_measured(args)
-    files.refuse_folders(setup.folder("scores"), "scores.json", "hypotheses.json")
+    folder = setup.folder("scores")
+    files.refuse_folders(folder, "scores.json", "hypotheses.json")
     ground_truth.refuse_other_classes(setup.data, setup.vocabulary.names)
     if not labels:
-        raise ValueError(f"{setup.data}: expected labels of its validation images to measure against, found none. For a "
-                         "folder of your own pass --labels DIR.")
-    found = evaluate.predictors(setup, query, stages, system)
-    scores = {stage: preferences(*both) | {"fingerprint": evaluate.fingerprint(
-        setup, stage, found[stage], len(labels)) | {"bins": BINS}}
-              for stage, both in confusions(setup, found, labels).items()}
+        raise ValueError(f"{setup.data}: expected labels of its validation images to measure against, found "
+                         "none. For a folder of your own pass --labels DIR.")
+    found, scores = evaluate.predictors(setup, query, stages, system), {}
+    for stage, (confusion, counts) in confusions(setup, found, labels).items():
+        measured_as = evaluate.fingerprint(setup, stage, found[stage], len(labels)) | {"bins": BINS}
+        scores[stage] = preferences(confusion, counts) | {"fingerprint": measured_as}
     if args.probe:
         recipe = ProbeRecipe()
-        for stage, measured in linear_probes(setup, query, stages, labels, recipe, args.seed, system).items():
+        probes = linear_probes(setup, query, stages, labels, recipe, args.seed, system)
+        for stage, measured in probes.items():
             scores[stage]["probe"] = measured | {"recipe": asdict(recipe), "seed": args.seed}
     print_scores(scores)
     if args.hypotheses:
-        print_hypotheses(found := hypothesis_scores(setup, query, system))
-        files.write_json(setup.folder("scores") / "hypotheses.json", found)
-    path = setup.folder("scores") / "scores.json"
-    files.write_json(path, scores)
-    print(f"\nWrote {path}\nNext: python paper/figures.py{common.repeated(args)}")
+        hypotheses = hypothesis_scores(setup, query, system)
+        print_hypotheses(hypotheses)
+        files.write_json(folder / "hypotheses.json", hypotheses)
+    files.write_json(folder / "scores.json", scores)
+    print(f"\nWrote {folder}/scores.json\nNext: python paper/figures.py{common.repeated(args)}")
     return scores
 
 

@@ -1,9 +1,9 @@
-"""The benchmark's plain steps compute what ours compute: without that its ratios would compare two different things.
+"""The benchmark's plain steps compute what ours compute: else its ratios would compare two different things.
 
-Both sides share float32 weights and add the same products in another order, so values of the same size agree to some
-1e-6 and are held to 1e-5; gradients, sums of many terms of both signs, to 1e-4. A forgotten term, a wrong mask or a wrong
-scale moves them by 1e-2 and more. Decisions (votes, predicted classes) must agree exactly: on these
-inputs no two candidates come closer than rounding.
+Both sides share float32 weights and add the same products in another order, so values of the same size agree
+to some 1e-6 and are held to 1e-5; gradients, sums of many terms of both signs, to 1e-4. A forgotten term, a
+wrong mask or a wrong scale moves them by 1e-2 and more. Decisions (votes, predicted classes) must agree
+exactly: on these inputs no two candidates come closer than rounding.
 """
 
 import json
@@ -17,20 +17,20 @@ import torch.nn.functional as F
 from PIL import Image
 
 from conftest import ROOT
-from helpers import TINY, openai_state, relative
+from helpers import TINY, openai_state, relative, write_photos
 
 import clip
-import data
 import distill
 import evaluate
 import rectify
-
-sys.path.append(str(ROOT / "benchmarks"))
-import benchmark
-import bfloat16
-import plain
+from benchmarks import benchmark, bfloat16, plain
+from datasets import IGNORE, words
+from datasets.images import images_in
+from harness import runs
 
 NAMES = ["dog", "potted plant", "wall", "dining table"]                     # of one and of two tokens
+SETTINGS = {"device": "cpu", "precision": "fp32", "quick": True, "batch": 1,
+            "threads": torch.get_num_threads()}
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +51,14 @@ def images_of(*shape: int) -> torch.Tensor:
 def rectifier_of(model: clip.CLIP, length: int = 73) -> rectify.Rectifier:
     torch.manual_seed(3)
     rectifier = rectify.Rectifier(model, len(NAMES), length)
-    with torch.no_grad():                       # vectors that are all alike would hide a prompt in the wrong order
+    with torch.no_grad():                       # vectors all alike would hide a prompt in the wrong order
         rectifier.prompt += 0.1 * torch.randn_like(rectifier.prompt)
     return rectifier
 
 
-def hypothesis_of(batch: int) -> torch.Tensor:
-    return torch.tensor([[True, False, True, True], [False, True, False, False], [True, True, True, True]])[:batch]
+def votes_of(batch: int) -> torch.Tensor:
+    """Shares of windows, of which some pass the recipes' threshold, and in the second image none does."""
+    return torch.tensor([[0.5, 0.06, 0.2, 0.24], [0.06, 0.07, 0.05, 0.06], [0.25, 0.25, 0.25, 0.25]])[:batch]
 
 
 @pytest.mark.parametrize("path", ["residual", "value", "vanilla"])
@@ -75,23 +76,45 @@ def test_plain_global_features_are_ours(models):
 
 def test_plain_query_features_are_ours(models):
     ours, slow = models
-    words = data.Vocabulary((("dog", "puppy"), ("potted plant",)), ((0, 0, 0),) * 2, tuple(data.QUERY_TEMPLATES[:9]))
-    assert relative(plain.query_features(slow, words), rectify.query_features(ours, words)) < 1e-5
+    asked = words.Vocabulary((("dog", "puppy"), ("potted plant",)), ((0, 0, 0),) * 2,
+                             tuple(words.QUERY_TEMPLATES[:9]))
+    assert relative(plain.query_features(slow, asked), rectify.query_features(ours, asked)) < 1e-5
+
+
+def test_plain_hypothesis_is_ours():
+    for threshold in (0.0, 0.07, 0.3, 1.0):
+        ours = rectify.multi_label_hypothesis(votes_of(3), threshold)
+        assert torch.equal(plain.hypothesis_of(votes_of(3), threshold), ours)
+
+
+def test_votes_of_the_benchmark_put_a_tenth_of_the_classes_into_an_image():
+    """With the threshold of its recipe, whatever the number of classes."""
+    bench = benchmark.Bench(SETTINGS)
+    for classes, expected in ((3, 1), (20, 2), (150, 15)):
+        recipe = bench.recipe(benchmark.class_names(classes))
+        hypothesis = rectify.multi_label_hypothesis(bench.votes(2, classes), recipe.vote_threshold)
+        assert hypothesis.sum(dim=1).tolist() == [expected] * 2
+    bench.folder.cleanup()
 
 
 @pytest.mark.parametrize("length, batch", [(73, 1), (73, 3), (5, 1)])
 def test_plain_rectification_step_has_our_loss_and_gradients(models, length, batch):
     ours, slow = models
-    # Masks and loss at small scales: at 100 a straight-through gradient is nearly zero, and relative error meaningless.
+    # Small scales: at 100 a straight-through gradient is nearly zero, and a relative error says nothing.
     recipe = rectify.Recipe(mask_scale=3.0, loss_scale=10.0, prompt_length=length)
     found = []
-    for step, model in ((plain.rectify_step, slow), (rectify.train_step, ours)):
+    images, votes = images_of(batch, 3, 40, 48), votes_of(batch)
+    for side in ("plain", "ours"):
         rectifier = rectifier_of(ours, length).train()
         noise = torch.Generator().manual_seed(4)
-        loss = step(rectifier, model, images_of(batch, 3, 40, 48), hypothesis_of(batch), query_of(ours), NAMES, recipe,
-                    noise)
+        if side == "plain":
+            loss = plain.rectify_step(rectifier, slow, images, votes, query_of(ours), NAMES, recipe, noise)
+        else:
+            features = rectifier.encode(ours, images, recipe.dense_path)
+            loss = rectify.train_step(rectifier, ours, features, votes, query_of(ours), NAMES, recipe, noise)
         loss.backward()
-        found.append((loss.detach(), {name: parameter.grad for name, parameter in rectifier.named_parameters()}))
+        found.append((loss.detach(),
+                      {name: parameter.grad for name, parameter in rectifier.named_parameters()}))
     (slow_loss, slow_gradients), (our_loss, our_gradients) = found
     assert relative(slow_loss, our_loss) < 1e-5
     for name, gradient in our_gradients.items():
@@ -107,7 +130,7 @@ def test_plain_distillation_step_has_our_loss_and_gradients(models):
     rectifier = rectifier_of(ours).eval().requires_grad_(False)
     with torch.no_grad():
         reference = rectify.reference_features(ours, rectifier.prompt, names)
-    images, hypothesis = images_of(2, 3, 48, 64), hypothesis_of(2)
+    images, votes = images_of(2, 3, 48, 64), votes_of(2)
     found = []
     for side in ("plain", "ours"):
         torch.manual_seed(5)
@@ -115,13 +138,13 @@ def test_plain_distillation_step_has_our_loss_and_gradients(models):
         student = distill.Student("small", inherited, pretrained=False).train()
         noise = torch.Generator().manual_seed(6)
         if side == "plain":
-            loss = plain.distill_step(student, rectifier, slow, images, hypothesis, query, names, teacher_recipe, recipe,
-                                      noise)
+            loss = plain.distill_step(student, rectifier, slow, images, votes, query, names, teacher_recipe,
+                                      recipe, noise)
         else:
             taught = distill.teach(rectifier, ours, images, query, reference, teacher_recipe.dense_path)
-            loss, _ = distill.train_step(student, *taught, images, hypothesis, teacher_recipe, recipe, noise)
+            loss = distill.train_step(student, *taught, images, votes, teacher_recipe, recipe, noise)["loss"]
         loss.backward()
-        # Backbone and head as two vectors: in a single BatchNorm's bias the terms may cancel down to rounding.
+        # Backbone and head as two vectors: in one BatchNorm's bias the terms may cancel down to rounding.
         found.append((loss.detach(), [torch.cat([parameter.grad.flatten() for parameter in part.parameters()])
                                       for part in (student.network.backbone, student.network.aspp)]))
     (slow_loss, slow_gradients), (our_loss, our_gradients) = found
@@ -134,38 +157,40 @@ def test_plain_distillation_step_has_our_loss_and_gradients(models):
 def test_plain_votes_are_ours(models, tmp_path):
     ours, slow = models
     rng = np.random.default_rng(0)
-    for name in ("a.png", "b.png"):             # noise: of a smooth picture every way of resizing makes the same
+    for name in ("a.png", "b.png"):             # noise: a smooth picture is the same however it is resized
         Image.fromarray(rng.integers(0, 256, (60, 72, 3), dtype=np.uint8)).save(tmp_path / name)
-    images, query = data.images_in(tmp_path), query_of(ours)
-    expected = rectify.count_votes(ours, query, images, 48, 1 / 3, "fp32", workers=0)
-    found = plain.count_votes(slow, query, images, 48, 1 / 3)
-    assert found.keys() == expected.keys()
-    for name, votes in expected.items():
-        assert torch.allclose(found[name], votes, atol=1e-6)                # one vote is 1/25
-    assert len({tuple(votes.tolist()) for votes in expected.values()}) == 2     # else any constant would pass
+    query, bench = query_of(ours), benchmark.Bench(SETTINGS)
+    bench.model = ours                          # the weights of these tests in place of its own
+    setup = bench.setup(NAMES)
+    setup.data = str(tmp_path)
+    expected = rectify.count_votes(setup, query, rectify.Recipe(short_side=48, window_ratio=1 / 3))
+    found = plain.count_votes(slow, query, images_in(tmp_path), 48, 1 / 3)
+    assert found.shape == expected.shape == (2, len(NAMES))
+    assert torch.allclose(found, expected, atol=1e-6)                       # one vote is 1/25
+    assert not torch.equal(expected[0], expected[1])                        # else any constant would pass
+    bench.folder.cleanup()
 
 
 def test_plain_predictions_and_confusions_are_ours(models, tmp_path):
     ours, slow = models
     query, recipe = query_of(ours), rectify.Recipe()
     rectifier = rectifier_of(ours).eval().requires_grad_(False)
-    bench = benchmark.Bench({"device": "cpu", "precision": "fp32", "quick": True, "batch": 1,
-                             "threads": torch.get_num_threads()})
+    bench = benchmark.Bench(SETTINGS)
     bench.model = ours                          # the weights of these tests in place of its own
     image, size = images_of(3, 40, 56), (61, 83)
     true_label = torch.randint(0, len(NAMES), size, generator=torch.Generator().manual_seed(7))
-    true_label[:5] = data.IGNORE
-    world = bench.world(NAMES, recipe, rectifier)
+    true_label[:5] = IGNORE
+    setup = bench.rectified(NAMES, recipe, rectifier)
     stages = ["vanilla", "maskclip", "rectify"]
     with torch.no_grad():
-        logits = evaluate.logits_of_all(world, evaluate.predictors(world, query, stages), image[None])
+        logits = evaluate.logits_of_all(setup, evaluate.predictors(setup, query, stages), image[None])
     found = plain.evaluate_image(rectifier, slow, image[None], true_label, query, NAMES, recipe.dense_path)
     for stage in stages:
         expected, (predicted, confusion) = evaluate.predict(logits[stage], size), found[stage]
         assert len(expected.unique()) > 1
         assert (predicted != expected.numpy()).mean() == 0, (stage, (predicted != expected.numpy()).sum())
         assert np.array_equal(confusion, evaluate.confusion_matrix(true_label, expected, len(NAMES)).numpy())
-    sides = benchmark.evaluation(bench, benchmark.Case(len(NAMES), 40, (40, 56), size), images=2)     # what is timed
+    sides = benchmark.evaluation(bench, benchmark.Case(len(NAMES), 40, (40, 56), size), images=2)
     slow_matrices, our_matrices = sides.plain(), sides.ours()
     assert all(np.array_equal(slow_matrices[stage], our_matrices[stage].numpy()) for stage in stages)
     bench.folder.cleanup()
@@ -192,11 +217,9 @@ def test_flop_of_a_product_and_of_both_attentions_are_counted():
 
 @pytest.mark.slow
 def test_peak_memory_sees_what_a_call_takes_and_frees_again(models):
-    settings = {"device": "cpu", "precision": "fp32", "quick": True, "batch": 1, "threads": 1}
-    if benchmark.peak(benchmark.Bench(settings), hungry, ()) is None:
+    if (found := benchmark.peak(benchmark.Bench(SETTINGS), hungry, ())) is None:
         pytest.skip("this system does not tell a process's highest memory since a reset")
-    found = benchmark.peak(benchmark.Bench(settings), hungry, ())
-    assert 0.95 * HUNGER < found["growth"] < 1.2 * HUNGER                   # and what Python itself takes meanwhile
+    assert 0.95 * HUNGER < found["growth"] < 1.2 * HUNGER       # and what Python itself takes meanwhile
 
 
 HUNGER = 64 << 20
@@ -209,8 +232,9 @@ def hungry(_bench) -> benchmark.Sides:
 
 
 def run_benchmark(tmp_path, *flags: str) -> tuple[dict, str]:
-    done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "benchmark.py"), "--quick", "--repeats", "1",
-                           "--device", "cpu", "--threads", "1", "--out", "found.json", *flags],
+    done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "benchmark.py"), "--quick",
+                           "--repeats", "1", "--device", "cpu", "--threads", "1", "--out", "found.json",
+                           *flags],
                           cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads((tmp_path / "found.json").read_text()), done.stdout
@@ -219,7 +243,7 @@ def run_benchmark(tmp_path, *flags: str) -> tuple[dict, str]:
 def test_bfloat16_products_in_float32_are_torchs_own():
     """Number for number; where float32 itself lies on the edge, another order of adding may tip it.
 
-    Backward too, but for the convolution: torch's on a CPU adds bfloat16 numbers there, which no tensor core does.
+    Backward too, but not the convolution's: there torch's on a CPU adds in bfloat16; no tensor core does.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -227,7 +251,8 @@ def test_bfloat16_products_in_float32_are_torchs_own():
         return torch.randn(*shape, generator=generator).bfloat16().requires_grad_()
 
     for function, inputs in (
-            (torch.matmul, (numbers(70, 96), numbers(96, 50))), (torch.bmm, (numbers(3, 30, 64), numbers(3, 64, 20))),
+            (torch.matmul, (numbers(70, 96), numbers(96, 50))),
+            (torch.bmm, (numbers(3, 30, 64), numbers(3, 64, 20))),
             (F.linear, (numbers(70, 96), numbers(50, 96), numbers(50))),
             (lambda x, w: F.conv2d(x, w, padding=2), (numbers(1, 40, 20, 20), numbers(12, 40, 5, 5)))):
         own = function(*inputs)
@@ -243,7 +268,7 @@ def test_bfloat16_products_in_float32_are_torchs_own():
 
 
 def test_bfloat16_attention_in_float32_is_torchs_own_up_to_the_rounding_of_its_weights():
-    """torch's kernel rounds the softmax in between as well, which no caller sees: half a place of 2⁻⁸ in every weight."""
+    """torch's kernel rounds the softmax's weights as well, by half a place of 2⁻⁸, which no caller sees."""
     q, k, v = torch.randn(3, 1, 2, 40, 64, generator=torch.Generator().manual_seed(0)).bfloat16().unbind()
     own = F.scaled_dot_product_attention(q, k, v)
     with bfloat16.Bfloat16Products():
@@ -264,14 +289,15 @@ def test_quick_benchmark_writes_every_row(tmp_path):
     assert [*found["rows"], "loader"] == list(benchmark.ROWS)
     for name, row in found["rows"].items():
         assert f"\n{name} " in printed
-        assert row["ratio"] == pytest.approx(row["plain"]["seconds_per_unit"] / row["ours"]["seconds_per_unit"])
+        slow, ours = row["plain"], row["ours"]
+        assert row["ratio"] == pytest.approx(slow["seconds_per_unit"] / ours["seconds_per_unit"])
         for side in ("plain", "ours"):
             assert row[side]["seconds_per_unit"] == row[side]["seconds"] / row[side]["units"]
             assert row[side]["flop"] > 0 and len(row[side]["all_seconds"]) == 1
             assert row[side]["memory"] is None or row[side]["memory"]["total"] > 0
         if "dense" not in name:                 # those differ in the last block's scores alone
-            assert row["plain"]["flop"] / row["plain"]["units"] > row["ours"]["flop"] / row["ours"]["units"], name
-        assert row["plain"]["units"] == (1 if name.endswith(("-batch", "-cached")) else row["ours"]["units"])
+            assert slow["flop"] / slow["units"] > ours["flop"] / ours["units"], name
+        assert slow["units"] == (1 if name.endswith(("-batch", "-cached")) else ours["units"])
     assert set(found["loader"]) >= {"utilisation", "workers"}
     assert len(found["projections"]) == 4
     assert {"versions", "chip", "threads", "command", "precision", "device"} <= set(found)
@@ -291,3 +317,17 @@ def test_quick_benchmark_writes_growth_and_memory(tmp_path):
 def test_one_row_can_be_chosen(tmp_path):
     found, _ = run_benchmark(tmp_path, "--only", "dense-224")
     assert list(found["rows"]) == ["dense-224"] and not found["projections"] and "loader" not in found
+
+
+@pytest.mark.slow
+def test_script_runs_with_bfloat16_products(tmp_path, tiny_clip):
+    """bfloat16.py rectify.py: a whole training, whose checkpoint says bf16 and is finite."""
+    write_photos(tmp_path / "photos", "a.png", "b.png")
+    (tmp_path / "names.txt").write_text("cat\nsofa\n")
+    flags = ["--data", "photos", "--classes", "names.txt", "--clip", str(tiny_clip), "--epochs", "1",
+             "--window-ratio", "1", "--device", "cpu"]
+    done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "bfloat16.py"), "rectify.py", *flags],
+                          cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    settings = runs.load(tmp_path / "runs/photos/rectify/checkpoint.pt", "rectify")["settings"]
+    assert settings["precision"] == "bf16"

@@ -433,7 +433,7 @@ def test_load_student_refuses_other_words_and_another_clip(setup, student):
 def test_the_recipe_of_voc_is_the_papers():
     """Every number of stage 2 on VOC, as the paper and the released code have it."""
     assert asdict(distill.RECIPES["voc"]) == dict(
-        backbone="resnet50", feature_weight=0.5, text_weight=0.5, short_side=512, crop=(512, 512), scale=(0.5, 2.0),
+        backbone="resnet50", feature_weight=0.5, text_weight=0.5, losses_at="grid", short_side=512, crop=(512, 512), scale=(0.5, 2.0),
         distort=True, batch_size=16, learning_rate=0.01, momentum=0.9, weight_decay=5e-4, poly_power=0.9,
         floor=0.01, epochs=100)
 

@@ -1,4 +1,4 @@
-"""figures.py: what is handed to matplotlib, number by number, and the files that the command writes.
+"""paper/figures.py: what is handed to matplotlib, number by number, and the files that the command writes.
 
     python -m pytest tests/test_figures.py
 
@@ -16,11 +16,11 @@ import torch
 from matplotlib.colors import to_rgb
 from PIL import Image
 
+import data
 import evaluate
-import figures
 import rectify
-import scores
 from helpers import photo, refusal, run, write_photos
+from paper import figures, run as paper_run, scores
 
 STAGES = ["vanilla", "maskclip", "rectify", "distill"]
 COUNTS = torch.tensor([4, 0, 9, 2])
@@ -31,14 +31,15 @@ HAND = torch.tensor([[8, 2, 0], [0, 0, 0], [1, 0, 3]])
 # ------------------------------------------------------------------------------------------ figure 1
 
 def test_distance_figure_has_a_line_a_stage_and_a_bar_a_bin():
-    """mIoU in percent at the bins' middles, gaps where no object is, each stage's slope in the legend."""
+    """mIoU in percent at the bins' middles, gaps where no object is, each stage's two numbers in the legend."""
     axes, behind = figures.distance_figure(CURVES, COUNTS).axes
     assert len(axes.lines) == 4
     for line, text, (stage, curve) in zip(axes.lines, axes.get_legend().get_texts(), CURVES.items()):
         assert np.allclose(line.get_xdata(), [0.125, 0.375, 0.625, 0.875])
         assert np.allclose(line.get_ydata(), 100 * curve.numpy(), equal_nan=True)
-        slope = f"{scores.space_preference(curve, COUNTS):+.2f}".replace("-", "−")
-        assert text.get_text() == f"{evaluate.STAGES[stage]}, slope {slope}" and "nan" not in slope
+        said = (f"{evaluate.STAGES[stage]}: space preference {scores.space_preference(curve):.2f}, "
+                f"slope {scores.space_slope(curve, COUNTS):.2f}")
+        assert text.get_text() == said.replace("-", "−") and "nan" not in said
     assert [bar.get_height() for bar in behind.patches] == COUNTS.tolist()
     assert "half diagonals" in axes.get_xlabel() and axes.get_ylabel() == "mIoU (percent)"
     assert "objects" in behind.get_ylabel()
@@ -221,14 +222,13 @@ def test_figures_show_what_scores_measures(voc, monkeypatch):
 
 def test_maps_are_those_that_the_stage_computes(voc):
     """M_o is what evaluate.py predicts with, M_q is MaskCLIP's, M_b is the same for every picture."""
-    args = figures.flags().parse_args(["--device", "cpu"])
-    world, query, *_ = scores.open_measured(args)
+    setup, query, *_ = scores.open_measured(figures.flags().parse_args(["--device", "cpu"]))
     picture = photo(40, 56, seed=5)
-    found, other = (figures.logit_maps(world, query, one) for one in (picture, photo(40, 56, seed=6)))
-    image = figures.data.to_tensor(figures.data.short_side_to(picture, 32, 8))[None]
-    predictors = evaluate.predictors(world, query, ["maskclip", "rectify"])
+    found, other = (figures.logit_maps(setup, query, one) for one in (picture, photo(40, 56, seed=6)))
+    image = data.to_tensor(data.short_side_to(picture, 32, 8))[None]
+    predictors = evaluate.predictors(setup, query, ["maskclip", "rectify"])
     with torch.no_grad():
-        logits = evaluate.logits_of_all(world, predictors, image)
+        logits = evaluate.logits_of_all(setup, predictors, image)
         assert torch.allclose(found["decoded"], logits["rectify"][0], atol=1e-5)
         assert torch.allclose(found["query"], logits["maskclip"][0], atol=1e-5)
     assert torch.equal(found["bias"], other["bias"]) and not torch.allclose(found["query"], other["query"])
@@ -272,6 +272,16 @@ def test_figures_that_cannot_be_drawn_are_left_out_by_name(place, tiny_clip, cap
         assert f"Figure {number} is left out: {reason}" in said
     run(rectify, *own)
     assert [path.name for path in run(figures)] == ["figure4_logits.png", "figure5_results.png"]
+
+
+def test_steps_of_another_system_are_not_drawn_as_reclip_plus_plus(place, tiny_clip, capsys):
+    """Figure 4 shows Eq. 2 to 4. Figures 1 and 5 are drawn, with the system's name."""
+    from helpers import write_voc_tree
+    write_voc_tree(place / "data")
+    run(paper_run, "no-bias", "--data", "voc", "--clip", tiny_clip, "--stage", "rectify")
+    names = [path.name for path in run(figures)]
+    assert names == ["figure1_distance.png", "figure1_confusion.png", "figure5_results.png"]
+    assert "Figure 4 is left out: runs/voc/rectify is of no-bias, by other steps." in capsys.readouterr().out
 
 
 def test_a_folder_where_a_figure_should_be_is_refused_before_anything_is_drawn(voc, capsys):

@@ -3,7 +3,7 @@
     python -m pytest tests/test_layouts.py                                  # two and a half minutes on one core
     SAMPLES=DIR python -m pytest tests/test_layouts.py -k samples -s        # over photographs with real masks: look at them
 
-check.py, rectify.py, distill.py and evaluate.py one after another, with the dataset's own recipe for one epoch. All weights
+datasets/check.py, rectify.py, distill.py and evaluate.py one after another, with the dataset's own recipe for one epoch. All weights
 are random, in the files that people have: shown is that trees, recipes, classes and labels fit together, not what is
 learned. DIR is what --root would be: the trees that it holds are walked, two photographs of each, with all of ViT-B/16 and
 ResNet-50.
@@ -22,17 +22,13 @@ import torch
 import torchvision
 from PIL import Image
 
-import check
-import data
 import distill
 import evaluate
-import ground_truth
 import helpers
-import public_datasets
 import rectify
-import runs
+from datasets import DATASETS, check, images as image_files, labels as ground_truth, words
+from harness import runs
 from helpers import run, write_label, write_openai_archive, write_public_tree, write_voc_tree
-from public_datasets import DATASETS
 from test_datasets import ALPHABETICAL, CITYSCAPES, CLASSES, VOC_FIRST
 
 pytestmark = pytest.mark.slow
@@ -60,7 +56,7 @@ def place(tmp_path, monkeypatch, weights):
     are nine, 85 sentences a class are two."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(weights))
-    monkeypatch.setattr(data, "QUERY_TEMPLATES", data.QUERY_TEMPLATES[:2])
+    monkeypatch.setattr(words, "QUERY_TEMPLATES", words.QUERY_TEMPLATES[:2])
     for name in CLASSES:
         monkeypatch.setitem(rectify.RECIPES, name, replace(rectify.RECIPES[name], window_ratio=1 / 2))
     return tmp_path
@@ -86,17 +82,17 @@ def walk(name: str, clip_file: Path, images: int, *student: str) -> dict:
     classes = CLASSES[name]
     teacher = runs.load(Path("runs", name, "rectify/checkpoint.pt"), "rectify")
     assert teacher["weights"]["decoder.conv.weight"].shape == (classes, 512 + classes, 5, 5)
-    assert len(teacher["settings"]["world"]["synonyms"]) == classes
+    assert len(teacher["settings"]["synonyms"]) == classes
     assert teacher["settings"]["recipe"]["crop"] == [CROP[name]] * 2
     student = runs.load(Path("runs", name, "distill/checkpoint.pt"), "distill")
-    assert student["weights"]["inherited.query"].shape == (classes, 512)
-    assert student["weights"]["inherited.rectifier.projection.weight"].shape == (512, 768, 1, 1)
+    assert student["weights"]["head.query"].shape == (classes, 512)
+    assert student["weights"]["head.rectifier.projection.weight"].shape == (512, 768, 1, 1)
     assert student["settings"]["recipe"]["crop"] == [512, 512]
 
     assert list(metrics) == ["vanilla", "maskclip", "rectify", "distill"]
     for found in metrics.values():
         assert math.isfinite(found["miou"]) and 0 <= found["miou"] <= 100 and found["fingerprint"]["images"] == images
-        assert list(found["per_class_iou"]) == data.KNOWN[name][0]
+        assert list(found["per_class_iou"]) == DATASETS[name].names
     assert [found["fingerprint"]["short_side"] for found in metrics.values()] == [SHORT_SIDE[name]] * 3 + [512]
     for stage in ("rectify", "distill", "evaluate"):
         assert is_picture_sheet(Path("runs", name, stage, "preview.png"))
@@ -122,10 +118,10 @@ def is_picture_sheet(path: Path) -> bool:
 
 def true_labels(name: str) -> np.ndarray:
     """The classes of all validation pixels in ./data, one after another, as evaluation reads them."""
-    images, table = data.validation_images(name, "data"), ground_truth.lookup_table(name, CLASSES[name])
+    images, read_label = image_files.validation_images(name, "data"), ground_truth.LabelReader(name, CLASSES[name])
     labels = ground_truth.true_label_files(name, "data", list(images))
-    sizes = {image: data.read_image(path).size[::-1] for image, path in images.items()}
-    return np.concatenate([ground_truth.read_label(labels[image], table, sizes[image]).ravel() for image in images])
+    sizes = {image: image_files.read_image(path).size[::-1] for image, path in images.items()}
+    return np.concatenate([read_label(labels[image], sizes[image]).ravel() for image in images])
 
 
 def numbers(metrics: dict) -> dict:
@@ -196,7 +192,7 @@ def copy_samples(name: str, monkeypatch, most: int = 2) -> list[str]:
     if not root:
         pytest.skip("SAMPLES=DIR names no folder with photographs and masks in the datasets' layouts")
     try:
-        found = public_datasets.image_files(name, root, "val")
+        found = image_files.image_files(name, root, "val")
     except FileNotFoundError as missing:
         pytest.skip(str(missing))
     ids, dataset, base = list(found)[:most], DATASETS[name], Path("data", DATASETS[name].places[0])
@@ -208,15 +204,15 @@ def copy_samples(name: str, monkeypatch, most: int = 2) -> list[str]:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(f"{prefix}{image}\n" for image in ids))
     copy_labels(name, ids, list(dataset.labels)[-1])
-    if name == "ade" and (words := public_datasets.find(name, root) / "objectInfo150.txt").exists():
-        copy(words, base / words.name)
+    if name == "ade" and (official := image_files.find(name, root) / "objectInfo150.txt").exists():
+        copy(official, base / official.name)
     given_out_with(monkeypatch, name, len(ids))
     return ids
 
 
 def copy_labels(name: str, ids: list[str], encoding: str, folder: str = "") -> None:
     """Labels of one encoding from $SAMPLES, where their folder may have a suffix, into ./data. Skips if one is missing."""
-    dataset, base = DATASETS[name], public_datasets.find(name, os.environ["SAMPLES"])
+    dataset, base = DATASETS[name], image_files.find(name, os.environ["SAMPLES"])
     for image in ids:
         path = Path(dataset.labels[encoding].format(split=dataset.splits["val"], id=image))
         source = base / f"{path.parent}{folder}" / path.name

@@ -1,4 +1,4 @@
-"""scores.py: the preferences against slow loops and cases whose answer is known; the probe, and whose labels it opens.
+"""paper/scores.py: the preferences against slow loops and cases whose answer is known; the probe, and whose labels it opens.
 
     python -m pytest tests/test_scores.py
 
@@ -8,6 +8,7 @@
 import json
 import math
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +23,15 @@ import clip
 import data
 import distill
 import evaluate
-import ground_truth
 import rectify
-import runs
-import scores
-import toyland
 from conftest import ROOT
+from datasets import DATASETS, IGNORE, images as image_files, labels as ground_truth
+from harness import files
 from helpers import VOC_BASE, refusal, run, write_label, write_photos, write_public_tree, write_voc_tree
+from paper import run as paper_run, scores, systems
+from toyland import world as toyland
 
-IGNORE = 255
+VOC_CLASSES = DATASETS["voc"].names
 CLASSES = 4
 
 # ------------------------------------------------------------------------------------------ class preference
@@ -279,7 +280,8 @@ def test_model_that_is_right_everywhere_has_a_level_curve_at_one():
     confusion, counts = by_distance(label, label.clamp(max=1), 2, bins=10)
     curve = scores.distance_curve(confusion)
     assert counts.sum() == 25 and (curve[counts > 0] == 1).all() and curve[counts == 0].isnan().all()
-    assert scores.space_preference(curve, counts) == pytest.approx(0, abs=1e-12)
+    assert scores.space_slope(curve, counts) == pytest.approx(0, abs=1e-12)
+    assert scores.space_preference(curve) == pytest.approx(0, abs=1e-12)
 
 
 def test_model_that_is_right_only_in_the_centre_falls_from_one_to_nought():
@@ -293,7 +295,9 @@ def test_model_that_is_right_only_in_the_centre_falls_from_one_to_nought():
     assert curve[held].tolist() == [1.0 if x < 0.5 else 0.0 for x in scores.bin_middles(10)[held].tolist()]
     x, weight = scores.bin_middles(10)[held].numpy(), counts[held].numpy()
     expected = np.polyfit(x, curve[held].numpy(), deg=1, w=np.sqrt(weight))[0]
-    assert scores.space_preference(curve, counts) == pytest.approx(expected) and expected < -1
+    assert scores.space_slope(curve, counts) == pytest.approx(expected) and expected < -1
+    [step] = [far - near for near, far in zip(x, x[1:]) if near < 0.5 < far]
+    assert scores.space_preference(curve) == pytest.approx(-1 / step / (len(x) - 1))    # all other slopes are 0
 
 
 def test_model_that_always_says_one_class_has_a_level_curve():
@@ -302,7 +306,8 @@ def test_model_that_always_says_one_class_has_a_level_curve():
     confusion, counts = by_distance(label, torch.zeros_like(label), 2, bins=2)
     curve = scores.distance_curve(confusion)
     assert (confusion.sum(dim=2) > 0).all()                                                 # both classes in either bin
-    assert curve.tolist() == pytest.approx([13 / 25 / 2] * 2) and scores.space_preference(curve, counts) == pytest.approx(0)
+    assert curve.tolist() == pytest.approx([13 / 25 / 2] * 2)
+    assert scores.space_slope(curve, counts) == pytest.approx(0) and scores.space_preference(curve) == pytest.approx(0)
 
 
 @given(st.integers(0, 10_000), st.permutations(range(3)), st.integers(2, 4))
@@ -327,11 +332,44 @@ def test_slope_of_a_straight_curve_is_its_slope_whatever_the_weights(slope, heig
     """And bins without objects may say what they like."""
     counts = torch.tensor(counts)
     curve = (height + slope * scores.bin_middles(10)).masked_fill(counts == 0, torch.nan)
-    found = scores.space_preference(curve, counts)
+    found = scores.space_slope(curve, counts)
     if (counts > 0).sum() < 2:
         assert math.isnan(found)
     else:
         assert found == pytest.approx(slope, abs=1e-9)
+
+
+@given(st.floats(-1, 1), st.floats(0, 1), st.lists(st.booleans(), min_size=10, max_size=10))
+@settings(max_examples=40, deadline=None)
+def test_preference_of_a_straight_curve_is_its_slope_too(slope, height, held):
+    """Both numbers agree on a line; bins without objects are passed over."""
+    curve = (height + slope * scores.bin_middles(10)).masked_fill(~torch.tensor(held), torch.nan)
+    found = scores.space_preference(curve)
+    if sum(held) < 2:
+        assert math.isnan(found)
+    else:
+        assert found == pytest.approx(slope, abs=1e-9)
+
+
+@given(st.lists(st.one_of(st.floats(0, 1), st.just(math.nan)), min_size=2, max_size=12))
+@settings(max_examples=60, deadline=None)
+def test_preference_is_the_mean_of_the_slopes_between_neighbouring_distances(curve):
+    """Each step from one distance that holds objects to the next counts once, as the paper words it."""
+    points = [((i + 0.5) / len(curve), y) for i, y in enumerate(curve) if y == y]
+    slopes = [(y - before) / (x - nearer) for (nearer, before), (x, y) in zip(points, points[1:])]
+    found = scores.space_preference(torch.tensor(curve, dtype=torch.float64))
+    if slopes:
+        assert found == pytest.approx(sum(slopes) / len(slopes), abs=1e-9)
+    else:
+        assert math.isnan(found)
+
+
+def test_the_two_numbers_differ_where_few_objects_lie_at_the_ends():
+    """MaskCLIP's curve in Toyland: 86 of 3,633 objects, in the last bin, make the paper's number half as large again."""
+    curve = torch.tensor([29.33, 30.27, 33.6, 34.2, 33.6, 28.83, 29.75, 28.66, 32.2, 17.19], dtype=torch.float64) / 100
+    counts = torch.tensor([109, 225, 411, 624, 671, 433, 454, 416, 203, 86])
+    assert scores.space_preference(curve) == pytest.approx(-0.1349, abs=1e-4)
+    assert scores.space_slope(curve, counts) == pytest.approx(-0.078, abs=1e-4)
 
 
 def test_slope_is_that_of_all_objects_each_counted_once():
@@ -339,7 +377,7 @@ def test_slope_is_that_of_all_objects_each_counted_once():
     curve, counts = torch.tensor([0.9, 0.5, 0.6, 0.1], dtype=torch.float64), torch.tensor([1, 5, 2, 3])
     points = torch.repeat_interleave(torch.arange(4), counts)
     expected = np.polyfit(scores.bin_middles(4)[points].numpy(), curve[points].numpy(), deg=1)[0]
-    assert scores.space_preference(curve, counts) == pytest.approx(expected)
+    assert scores.space_slope(curve, counts) == pytest.approx(expected)
 
 
 def test_distance_at_a_boundary_is_in_the_outer_bin_whatever_its_last_bits():
@@ -439,7 +477,7 @@ def voc(trained_voc):
 
 @pytest.fixture
 def opened(monkeypatch):
-    """The label files that are opened, as data.py is asked for them: a list of paths that fills up."""
+    """The label files that are opened, as datasets/labels.py is asked for them: a list of names that fills up."""
     found, label_picture = [], ground_truth.label_picture
     monkeypatch.setattr(ground_truth, "label_picture", lambda path: found.append(path.name) or label_picture(path))
     return found
@@ -449,9 +487,9 @@ def content_of(folder):
     return {str(path): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
 
 
-def world_of(*flags):
-    args = scores.flags().parse_args([*flags, "--device", "cpu"])
-    return scores.open_measured(args)
+def measured(*flags):
+    """(setup, query, labels, stages, system) of the newest run."""
+    return scores.open_measured(scores.flags().parse_args([*flags, "--device", "cpu"]))
 
 
 def test_scores_of_all_stages_are_printed_and_written(voc, opened, capsys):
@@ -463,7 +501,9 @@ def test_scores_of_all_stages_are_printed_and_written(voc, opened, capsys):
     assert list(found) == ["vanilla", "maskclip", "rectify", "distill"]
     for stage, of_stage in found.items():
         assert evaluate.STAGES[stage] in said and "probe" not in of_stage
-        assert -1 <= of_stage["class_preference"] <= 1 and isinstance(of_stage["space_preference"], float)
+        assert -1 <= of_stage["class_preference"] <= 1
+        assert isinstance(of_stage["space_preference"], float) and isinstance(of_stage["space_slope"], float)
+        assert all(f"{of_stage[name]:.3f}" in said for name in ("space_preference", "space_slope"))
         curve = of_stage["curve"]
         assert curve["distance"] == pytest.approx([0.05 + 0.1 * i for i in range(10)])
         assert [value is None for value in curve["miou"]] == [count == 0 for count in curve["objects"]]
@@ -471,18 +511,18 @@ def test_scores_of_all_stages_are_printed_and_written(voc, opened, capsys):
         assert (of_stage["fingerprint"]["weights"] is None) == (stage in ("vanilla", "maskclip"))
     assert set(opened) == {"2007_000033.png", "2007_000042.png"}                # the two of validation
     assert content_of("runs/voc/rectify") | content_of("runs/voc/distill") == before
-    assert "Next: python figures.py" in said
+    assert "Next: python paper/figures.py" in said
 
 
 def test_scores_are_those_of_the_predictions_that_evaluate_measures(voc):
     """The matrices of all bins together give evaluate.py's numbers, and class preference is theirs."""
-    world, query, labels, stages = world_of()
-    expected = evaluate.measure(world, evaluate.predictors(world, query, stages), labels)
-    found = scores.confusions(world, evaluate.predictors(world, query, stages), labels)
+    setup, query, labels, stages, _ = measured()
+    expected = evaluate.measure(setup, evaluate.predictors(setup, query, stages), labels)
+    found = scores.confusions(setup, evaluate.predictors(setup, query, stages), labels)
     written = run(scores)
     for stage, (confusion, counts) in found.items():
-        measured = evaluate.measures(confusion.sum(dim=0), world.vocabulary.names)
-        assert measured == {name: expected[stage][name] for name in measured}
+        of_bins = evaluate.measures(confusion.sum(dim=0), setup.vocabulary.names)
+        assert of_bins == {name: expected[stage][name] for name in of_bins}
         assert written[stage]["class_preference"] == round(slow_class_preference(confusion.sum(dim=0)), 4)
         assert written[stage]["curve"]["miou"] == pytest.approx(
             [None if value != value else round(100 * value, 2) for value in slow_curve(confusion)], abs=0.011)
@@ -498,85 +538,125 @@ def test_probe_teaches_on_training_labels_and_changes_no_weight(voc, opened):
     for of_stage in first.values():
         probe = of_stage["probe"]
         assert 0 <= probe["miou"] <= 100 and 0 < probe["patches"] <= 4 * 100 and probe["seed"] == 3
-        assert list(probe["per_class_iou"]) == data.VOC_CLASSES
+        assert list(probe["per_class_iou"]) == VOC_CLASSES
     assert len({of_stage["probe"]["pixel_accuracy"] for of_stage in first.values()}) > 1
+
+
+def with_votes(monkeypatch, votes):
+    """As if stage 1 had counted other votes: Eq. 6 makes hypotheses of these."""
+    monkeypatch.setattr(rectify, "votes_of", lambda *_: systems.equal_votes(votes))
+
+
+def with_threshold(name: str, threshold: float) -> None:
+    """The threshold of Eq. 6 in the recipe of the rectification that lies in runs/."""
+    path = Path("runs", name, "rectify/checkpoint.pt")
+    content = files.read(path)
+    content["settings"]["recipe"]["vote_threshold"] = threshold
+    files.save(path, content)
 
 
 def test_hypotheses_are_compared_with_what_is_in_the_training_images(voc, monkeypatch, capsys):
     """Right hypotheses have precision and recall 1; all classes have recall 1 and the truth's share as precision."""
-    world, query, _, _ = world_of()
-    names = world.vocabulary.names
-    labels = [np.array(Image.open(f"data/VOCdevkit/VOC2012/SegmentationClass/{image}.png")) for image in world.training_images]
+    with_threshold("voc", 0.0)
+    setup, query, _, _, system = measured()
+    names = setup.vocabulary.names
+    folder = Path("data/VOCdevkit/VOC2012/SegmentationClass")
+    labels = [np.array(Image.open(folder / f"{image}.png")) for image in setup.training_images]
     truth = torch.tensor([[(label == 1 + k).any() for k in range(20)] for label in labels])
-    monkeypatch.setattr(rectify, "cached_hypotheses", lambda *_: truth)
-    found = scores.hypothesis_scores(world, query)
+    with_votes(monkeypatch, truth)
+    found = scores.hypothesis_scores(setup, query, system)
     assert found["precision"] == found["recall"] == 1 and found["classes"] == round(truth.sum().item() / 4, 2)
-    assert found["per_class"][names[3]] == (None, None) and found["per_class"][names[0]] == (1, 1)         # no bird is there
-    monkeypatch.setattr(rectify, "cached_hypotheses", lambda *_: torch.ones(4, 20, dtype=torch.bool))
+    assert found["per_class"][names[3]] == (None, None) and found["per_class"][names[0]] == (1, 1)     # no bird there
+    with_votes(monkeypatch, torch.ones(4, 20, dtype=torch.bool))
     written = run(scores, "--hypotheses") and json.loads(Path("runs/voc/scores/hypotheses.json").read_text())
     assert written["recall"] == 1 and written["precision"] == pytest.approx(truth.float().mean().item(), abs=1e-4)
-    assert f"{names[0]:22}" in capsys.readouterr().out
+    assert written["system"] == "reclip++" and f"{names[0]:22}" in capsys.readouterr().out
+
+
+def test_hypotheses_are_those_of_the_system_that_was_trained(voc, monkeypatch):
+    """Of ReCLIP's rule, if ReCLIP was trained; a student of another rectification is told what that was taught."""
+    asked = []
+    monkeypatch.setattr(rectify, "votes_of", lambda setup, query, recipe, system: asked.append(system.name)
+                        or systems.equal_votes(torch.ones(4, 20, dtype=torch.bool)))
+    setup, query, *_ = measured()
+    for name, expected in (("whole-image", "whole-image"), ("own-head", "reclip++"), ("reclip++", "reclip++")):
+        scores.hypothesis_scores(setup, query, systems.SYSTEMS[name])
+        assert asked[-1] == expected
 
 
 def test_class_of_a_few_pixels_is_not_in_an_image(voc, monkeypatch):
     """Less than a thousandth of the labelled pixels."""
-    world, query, _, _ = world_of()
-    for image in world.training_images:
+    with_threshold("voc", 0.0)
+    setup, query, _, _, system = measured()
+    for image in setup.training_images:
         values = np.full((40, 56), 8)
         values[0, :2], values[1, :3] = 15, 20           # two pixels of 2,240 and three
         write_label(Path("data/VOCdevkit/VOC2012/SegmentationClass", f"{image}.png"), values)
-    monkeypatch.setattr(rectify, "cached_hypotheses", lambda *_: torch.ones(4, 20, dtype=torch.bool))
-    found = scores.hypothesis_scores(world, query)
-    assert [name for name, (precision, _) in found["per_class"].items() if precision] == [data.VOC_CLASSES[k] for k in (7, 19)]
+    with_votes(monkeypatch, torch.ones(4, 20, dtype=torch.bool))
+    found = scores.hypothesis_scores(setup, query, system)
+    there = [name for name, (precision, _) in found["per_class"].items() if precision]
+    assert there == [VOC_CLASSES[k] for k in (7, 19)]
 
 
 def test_probe_leaves_clip_as_it_is(voc):
     """No gradient reaches it and no buffer moves, neither in CLIP nor in the student."""
-    world, query, labels, stages = world_of()
-    before = clip.fingerprint(world.clip_model)
-    scores.linear_probes(world, query, stages, labels, scores.ProbeRecipe(images=2, patches=10), seed=0)
-    assert clip.fingerprint(world.clip_model) == before == world.fingerprint
-    assert all(parameter.grad is None for parameter in world.clip_model.parameters())
+    setup, query, labels, stages, system = measured()
+    before = clip.fingerprint(setup.clip_model)
+    scores.linear_probes(setup, query, stages, labels, scores.ProbeRecipe(images=2, patches=10), 0, system)
+    assert clip.fingerprint(setup.clip_model) == before == setup.fingerprint
+    assert all(parameter.grad is None for parameter in setup.clip_model.parameters())
 
 
 def test_embeddings_are_what_stands_before_each_stage_s_classes(voc):
     """vanilla and MaskCLIP: CLIP's unit vectors; rectified: M_o, one channel a class; distilled: Ẑ, behind which the
-    inherited head gives exactly the stage's own logits."""
-    world, query, _, stages = world_of()
-    found, predictors = scores.embeddings(world, query, stages), evaluate.predictors(world, query, stages)
+    inherited head gives exactly the stage's own logits. What evaluate.py predicts with stays as it was."""
+    setup, query, _, stages, system = measured()
+    predictors, found = evaluate.predictors(setup, query, stages), scores.embeddings(setup, query, stages, system)
     image = torch.randn(1, 3, 32, 40, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        embedded, logits = (evaluate.logits_of_all(world, of, image) for of in (found, predictors))
+        embedded, logits = (evaluate.logits_of_all(setup, of, image) for of in (found, predictors))
         for stage in ("vanilla", "maskclip"):
             assert torch.allclose(torch.einsum("bdhw,cd->bchw", embedded[stage], query), logits[stage])
         assert not torch.allclose(embedded["vanilla"], embedded["maskclip"])
         assert torch.equal(embedded["rectify"], logits["rectify"]) and embedded["rectify"].shape[1] == 20
-        student = distill.load_student(world, query)[1]
-        assert torch.equal(student.inherited(embedded["distill"]), logits["distill"])
+        student = distill.load_student(setup, query, system)[1]
+        assert torch.equal(student.head(embedded["distill"]), logits["distill"])
 
 
 def test_probe_learns_from_patches_with_a_class_alone(voc):
     """Background (0) and border (255) of VOC are ignored; each remaining patch has the class of its middle pixel."""
-    world, query, _, _ = world_of()
-    found = scores.embeddings(world, query, ["maskclip"])
-    features, classes = scores.labelled_patches(world, found, scores.ProbeRecipe(patches=1000), seed=0)["maskclip"]
+    setup, query, _, _, system = measured()
+    found = scores.embeddings(setup, query, ["maskclip"], system)
+    many, few = scores.ProbeRecipe(patches=1000), scores.ProbeRecipe(images=2, patches=3)
+    features, classes = scores.labelled_patches(setup, found, many, seed=0)["maskclip"]
     expected = []
-    for name, path in data.training_images("voc", "data").items():
+    for name in image_files.training_images("voc", "data"):
         with Image.open(Path("data", VOC_BASE, "SegmentationClass", f"{name}.png")) as picture:
             values = np.asarray(picture).astype(int)
-        h, w = 32 // 8, round(56 * 32 / 40 / 8)                                 # the grid of 40 × 56 pixels at short side 32
+        h, w = 32 // 8, round(56 * 32 / 40 / 8)                     # the grid of 40 × 56 pixels at short side 32
         middle = [values[int((i + 0.5) * 40 / h), int((j + 0.5) * 56 / w)] for i in range(h) for j in range(w)]
         expected += [value - 1 for value in middle if value not in (0, 255)]
     assert sorted(classes.tolist()) == sorted(expected) and features.shape == (len(expected), query.shape[1])
-    fewer = scores.labelled_patches(world, found, scores.ProbeRecipe(images=2, patches=3), seed=0)["maskclip"][1]
-    assert len(fewer) <= 6
+    assert len(scores.labelled_patches(setup, found, few, seed=0)["maskclip"][1]) <= 6
 
 
 def test_no_script_that_trains_knows_of_the_probe():
-    """The only code that learns from labels is imported by no stage."""
-    for name in ("rectify", "distill", "data", "runs", "toyland", "evaluate", "segment", "public_datasets"):
-        text = (ROOT / f"{name}.py").read_text(encoding="utf-8")
-        assert "import scores" not in text and "from scores" not in text
+    """The only code that learns from labels is imported by nothing outside paper/."""
+    outside = [path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] not in ("paper", "tests")]
+    assert len(outside) > 20
+    for path in outside:
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"^\s*(from|import) +paper\b", text, flags=re.M), path
+
+
+def test_newest_run_is_measured_as_the_system_that_made_it(voc, tiny_clip, capsys):
+    """Of the furthest stage's system; a student that is of another rectification plays no part."""
+    assert measured()[-1].name == "reclip++"
+    run(paper_run, "no-bias", "--data", "voc", "--clip", tiny_clip, "--stage", "rectify")
+    *_, stages, system = measured()
+    assert stages == ["vanilla", "maskclip", "rectify"] and system.name == "no-bias"
+    found = run(scores)
+    assert found["rectify"]["fingerprint"]["system"] == "no-bias" and "rectified, no-bias" in capsys.readouterr().out
 
 
 def test_toyland_s_probe_draws_training_scenes_again_and_writes_none(place, monkeypatch):
@@ -592,10 +672,10 @@ def test_toyland_s_probe_draws_training_scenes_again_and_writes_none(place, monk
     assert set(found) == {"val"} and os.listdir("data/toyland/labels") == ["val"]
     written = [path for path in Path(".").rglob("*") if path.is_file() and "train" in path.parts]
     assert len(written) == 6 and {path.parent for path in written} == {Path("data/toyland/images/train")}
-    drawn = scores.DrawnScenes(["train/0004"], short_side=144, multiple=8)
+    drawn = scores.DrawnScenes(["0004"], short_side=144, multiple=8)
     name, image, truth = drawn[0]
-    on_disk = data.read_image(Path("data/toyland/images/train/0004.png"))
-    assert name == "train/0004" and torch.equal(image, data.to_tensor(data.short_side_to(on_disk, 144, 8)))
+    on_disk = image_files.read_image(Path("data/toyland/images/train/0004.png"))
+    assert name == "0004" and torch.equal(image, data.to_tensor(data.short_side_to(on_disk, 144, 8)))
     assert truth.shape == (96, 128) and np.array_equal(truth.numpy(), toyland.scene("train", 4)[1])
 
 
@@ -606,10 +686,10 @@ def test_probe_beats_the_stage_s_own_words_in_toyland(place, monkeypatch):
     monkeypatch.chdir(place)
     monkeypatch.setattr(toyland, "TRAIN_SCENES", 150)
     monkeypatch.setattr(toyland, "VAL_SCENES", 60)
-    world, query, labels, _ = world_of()
-    probed = scores.linear_probes(world, query, ["maskclip"], labels, scores.ProbeRecipe(), seed=0)["maskclip"]["miou"]
-    found = evaluate.predictors(world, query, ["maskclip"])
-    assert probed > evaluate.measure(world, found, labels)["maskclip"]["miou"] + 10
+    setup, query, labels, _, system = measured()
+    probed = scores.linear_probes(setup, query, ["maskclip"], labels, scores.ProbeRecipe(), 0, system)["maskclip"]
+    found = evaluate.predictors(setup, query, ["maskclip"])
+    assert probed["miou"] > evaluate.measure(setup, found, labels)["maskclip"]["miou"] + 10
 
 
 @pytest.mark.parametrize("name", ["context", "ade", "cityscapes", "coco"])

@@ -1,9 +1,10 @@
-"""The scripts as they are used: whole runs in small, labels that training never sees, bad input, interruptions.
+"""The scripts as they are used: whole runs in small, what the optimiser is given, labels that training never
+sees, bad input, interruptions.
 
-    python -m pytest tests/test_scripts.py           # under a minute; the real size: test_layouts.py
+    python -m pytest tests/test_scripts.py           # about a minute; the real size: test_layouts.py
 
-No network, no real dataset and no real weights: trees and weights files are written here, in the formats that people
-have. Recipes are those of the datasets, on pictures of a few dozen pixels (see helpers.quick_recipes).
+No network, no real dataset and no real weights: trees and weights files are written here, in the formats that
+people have. Recipes are those of the datasets, on pictures of a few dozen pixels (see helpers.quick_recipes).
 """
 
 import json
@@ -24,14 +25,17 @@ import data
 import distill
 import evaluate
 import rectify
-import runs
 import segment
-import toyland
 from conftest import ROOT
-from helpers import (SMALLEST, VOC_BASE, photo, refusal, run, write_label, write_openai_archive, write_photos,
-                     write_voc_tree)
+from datasets import DATASETS
+from datasets import images as image_files
+from harness import errors, runs
+from helpers import (SMALLEST, VOC_BASE, openai_state, photo, refusal, run, write_label, write_openai_archive,
+                     write_photos, write_voc_tree)
+from toyland import world
 
-SCRIPTS = ["check", "distill", "evaluate", "figures", "rectify", "scores", "segment", "toyland"]
+SCRIPTS = ["rectify", "distill", "evaluate", "segment", "toyland/world", "toyland/pretrain", "datasets/check",
+           "paper/run", "paper/scores", "paper/figures", "paper/reproduce"]
 FIELDS = {"miou", "pixel_accuracy", "per_class_iou", "fingerprint"}
 
 
@@ -54,6 +58,10 @@ def weights_of(stage: str, out="runs", name="voc") -> dict[str, torch.Tensor]:
     return runs.load(Path(out, name, stage, "checkpoint.pt"), stage)["weights"]
 
 
+def settings_of(stage: str, out="runs", name="voc") -> dict:
+    return runs.load(Path(out, name, stage, "checkpoint.pt"), stage)["settings"]
+
+
 def same_weights(found: dict, expected: dict) -> bool:
     assert found.keys() == expected.keys() and len(expected) > 5
     return all(torch.equal(found[name], tensor) for name, tensor in expected.items())
@@ -67,11 +75,17 @@ def read_json(*parts):
     return json.loads(Path(*parts).read_text())
 
 
+def opened(*flags) -> data.Setup:
+    """What the newest rectification under runs/ works on, as the later scripts open it."""
+    args = evaluate.flags().parse_args([*flags, "--device", "cpu"])
+    return data.open_setup(args, runs.find(args.out, args.data, "rectify"))
+
+
 # ------------------------------------------------------------------------------------------ --help
 
 WITHOUT_TORCH = """
 import runpy, sys
-sys.path.insert(0, {root!r})
+sys.path[0] = {folder!r}                                # as Python itself has it for a script
 for name in ("torch", "torchvision", "numpy", "PIL", "socket"):
     sys.modules[name] = None                            # to import it is an ImportError
 sys.argv = ["{script}.py", "--help"]
@@ -83,29 +97,37 @@ runpy.run_path({root!r} + "/{script}.py", run_name="__main__")
 def test_help_answers_at_once_without_torch_and_without_a_network(tmp_path, script):
     """In less than two seconds, exit code 0, from any folder, and nothing is written."""
     before = os.times()
-    result = subprocess.run([sys.executable, "-c", WITHOUT_TORCH.format(root=str(ROOT), script=script)], cwd=tmp_path,
-                            capture_output=True, text=True)
+    program = WITHOUT_TORCH.format(root=str(ROOT), folder=str((ROOT / script).parent), script=script)
+    result = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     after = os.times()
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("usage:") and "--seed" in result.stdout + "--seed" * (script == "segment")
+    assert result.stdout.startswith("usage:") and "--debug" in result.stdout
+    # What only measures or segments draws nothing at random.
+    assert ("--seed" in result.stdout) == (script not in ("evaluate", "segment"))
     assert after.children_user + after.children_system - before.children_user - before.children_system < 2
     assert list(tmp_path.iterdir()) == []
 
 
 def test_every_script_is_among_those_whose_help_is_tested():
-    found = {path.stem for path in ROOT.glob("*.py") if '__name__ == "__main__"' in path.read_text(encoding="utf-8")}
-    assert found - {"reproduce"} == set(SCRIPTS)
+    """Whatever has lines to run as a command; benchmarks and exercises have tests of their own."""
+    found = {path.relative_to(ROOT).with_suffix("").as_posix() for path in ROOT.rglob("*.py")
+             if '__name__ == "__main__"' in path.read_text(encoding="utf-8")}
+    elsewhere = ("tests/", "benchmarks/", "exercises/", ".")
+    assert {name for name in found if not name.startswith(elsewhere)} == set(SCRIPTS)
 
 
 def test_same_flag_means_the_same_in_every_script():
     """Name, default and help text of the contract's flags."""
-    contract = ["--data", "--root", "--classes", "--clip", "--out", "--epochs", "--batch-size", "--seed", "--device",
-                "--precision", "--resume"]
+    of_training = ["--epochs", "--batch-size", "--learning-rate", "--save-every", "--resume", "--seed"]
+    contract = ["--data", "--root", "--classes", "--clip", "--activation", "--out", "--device", "--precision",
+                "--debug", *of_training]
     parsers = {script.__name__: script.flags() for script in (rectify, distill, evaluate, segment)}
     for flag in contract:
-        actions = [action for parser in parsers.values() for action in parser._actions if flag in action.option_strings]
-        assert len(actions) == (2 if flag in ("--epochs", "--batch-size", "--resume") else 4), flag
-        assert len({(action.default, action.help, action.dest, str(action.type)) for action in actions}) == 1, flag
+        actions = [action for parser in parsers.values() for action in parser._actions
+                   if flag in action.option_strings]
+        assert len(actions) == (2 if flag in of_training else 4), flag
+        assert len({(action.default, action.help, action.dest, getattr(action.type, "__qualname__", None))
+                    for action in actions}) == 1, flag
 
 
 # ------------------------------------------------------------------------------------------ whole runs
@@ -128,18 +150,19 @@ def test_voc_from_photos_to_measured_stages(voc, capsys):
             == ["checkpoint.pt", "log.jsonl", "metrics.json", "preview.png", "recipe.json"]
         assert read_json(folder, "metrics.json") == metrics[stage]
         recipe = read_json(folder, "recipe.json")
-        assert recipe["stage"] == stage and recipe["images"] == 4 and recipe["recipe"]["epochs"] == 2 and recipe["seed"] == 0
+        assert recipe["stage"] == stage and recipe["system"] == "reclip++" and recipe["images"] == 4
+        assert recipe["recipe"]["epochs"] == 2 and recipe["seed"] == 0
         log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         assert [entry["step"] for entry in log] == [0, 1, 2, 3] and all(entry["loss"] > 0 for entry in log)
         with Image.open(folder / "preview.png") as page:
             assert page.width > 200 and page.height > 200
     assert sorted(os.listdir("runs/voc/evaluate")) == ["metrics.json", "preview.png"]
     assert sorted(os.listdir("runs/segment")) == ["2007_000033_index.png", "2007_000033_overlay.png"]
-    assert not list(Path("runs").rglob("*.part")) and not list(Path("runs").rglob("resume.pt"))
+    assert not list(Path("runs").rglob("*.part")) and not list(Path("runs").rglob("unfinished"))
 
 
 def test_metrics_hold_what_the_contract_promises(voc):
-    """Every stage under its name: mIoU in percent, accuracy, IoU per class, and a fingerprint of what was measured."""
+    """Every stage under its name: mIoU in percent, accuracy, IoU per class, a fingerprint of what it saw."""
     run(rectify, *voc)
     run(distill)
     run(evaluate, "--prompt-denoising", "0.3")
@@ -147,9 +170,10 @@ def test_metrics_hold_what_the_contract_promises(voc):
     assert list(metrics) == ["vanilla", "maskclip", "rectify", "distill"]
     for stage, found in metrics.items():
         assert found.keys() >= FIELDS and 0 <= found["miou_absent_zero"] <= found["miou"] <= 100
-        assert list(found["per_class_iou"]) == data.VOC_CLASSES
+        assert list(found["per_class_iou"]) == DATASETS["voc"].names
         fingerprint = found["fingerprint"]
-        assert fingerprint["stage"] == stage and fingerprint["images"] == 2 and fingerprint["precision"] == "fp32"
+        assert fingerprint["stage"] == stage and fingerprint["system"] == "reclip++"
+        assert fingerprint["images"] == 2 and fingerprint["precision"] == "fp32"
         assert fingerprint["refinements"] == {"prompt_denoising": 0.3} and fingerprint["short_side"] == 32
         assert (fingerprint["weights"] is None) == (stage in ("vanilla", "maskclip"))
     assert len({found["fingerprint"]["clip"] for found in metrics.values()}) == 1
@@ -157,16 +181,15 @@ def test_metrics_hold_what_the_contract_promises(voc):
 
 
 def test_measured_numbers_are_those_of_the_predictions(voc):
-    """mIoU of MaskCLIP by hand: features, cosines, up-sampling, argmax, and intersections counted class by class."""
+    """mIoU of MaskCLIP by hand: features, cosines, up-sampling, argmax, intersections class by class."""
     run(rectify, *voc)
     metrics = run(evaluate)["maskclip"]
-    args = evaluate.flags().parse_args(["--device", "cpu"])
-    world = rectify.open_world(args, rectify.find_checkpoint(args, "rectify"))
-    query = rectify.query_features(world.clip_model, world.vocabulary)
+    setup = opened()
+    query = rectify.query_features(setup.clip_model, setup.vocabulary)
     predicted, truth = [], []
-    for name, path in data.validation_images("voc", "data").items():
-        image = data.to_tensor(data.short_side_to(data.read_image(path), 32, multiple=8))[None]
-        cosines = torch.einsum("bdhw,cd->bchw", world.clip_model.encode_dense(image, path="residual"), query)
+    for name, path in image_files.validation_images("voc", "data").items():
+        image = data.to_tensor(data.short_side_to(image_files.read_image(path), 32, multiple=8))[None]
+        cosines = torch.einsum("bdhw,cd->bchw", setup.clip_model.encode_dense(image, path="residual"), query)
         up = torch.nn.functional.interpolate(cosines, size=(40, 56), mode="bilinear", align_corners=False)
         predicted.append(up.argmax(dim=1).flatten().numpy())
         with Image.open(Path("data", VOC_BASE, "SegmentationClass", f"{name}.png")) as label:
@@ -181,13 +204,14 @@ def test_measured_numbers_are_those_of_the_predictions(voc):
 
 
 def test_folder_of_ones_own_photos_and_words(photos, capsys):
-    """No labels: both stages train and show pictures; with --labels, evaluate.py measures those that are there."""
+    """No labels: both stages train and show pictures. With --labels evaluate.py measures those that exist."""
     run(rectify, *photos)
     run(distill)
     said = capsys.readouterr().out
-    assert said.count("nothing to measure, which hindered no training") == 2
+    assert said.count("so nothing is measured. Training needed none.") == 2
     for stage in ("rectify", "distill"):
-        assert sorted(os.listdir(f"runs/photos/{stage}")) == ["checkpoint.pt", "log.jsonl", "preview.png", "recipe.json"]
+        assert sorted(os.listdir(f"runs/photos/{stage}")) \
+            == ["checkpoint.pt", "log.jsonl", "preview.png", "recipe.json"]
     for name in ("b", "in the sun/ü"):
         write_label(Path("truth", f"{name}.png"), np.random.default_rng(0).choice([0, 1, 2, 255], (40, 56)))
     metrics = run(evaluate, "--labels", "truth")
@@ -242,13 +266,14 @@ def test_student_of_another_teacher_is_left_out(voc, capsys):
 
 
 def test_student_is_measured_at_the_size_it_was_trained_at(voc, monkeypatch):
-    """Stage 1 sees a short side of 32 pixels, the student one of 48: each its own, in metrics as in pictures."""
+    """Stage 1 sees a short side of 32 pixels, the student 48: each its own, in metrics as in pictures."""
     monkeypatch.setitem(distill.RECIPES, "voc", replace(distill.RECIPES["voc"], short_side=48))
     run(rectify, *voc)
     run(distill)
     seen = []
     logits = distill.Student.logits
-    monkeypatch.setattr(distill.Student, "logits", lambda self, images: seen.append(images.shape[-2:]) or logits(self, images))
+    monkeypatch.setattr(distill.Student, "logits",
+                        lambda self, images: seen.append(images.shape[-2:]) or logits(self, images))
     metrics = run(evaluate)
     assert {stage: found["fingerprint"]["short_side"] for stage, found in metrics.items()} \
         == {"vanilla": 32, "maskclip": 32, "rectify": 32, "distill": 48}
@@ -257,17 +282,16 @@ def test_student_is_measured_at_the_size_it_was_trained_at(voc, monkeypatch):
 
 
 def test_bias_maps_that_are_kept_are_those_of_their_grids(trained_voc):
-    """Images of two shapes in turn: what was computed for one grid serves its next image, and none of another grid."""
-    args = evaluate.flags().parse_args(["--data", "voc"])
-    world = rectify.open_world(args, rectify.find_checkpoint(args, "rectify"))
-    query, shapes = rectify.cached_query(world), [(40, 48), (48, 32), (40, 48), (48, 32)]
+    """Images of two shapes in turn: what was made for one grid serves its next image, and no other grid."""
+    setup = opened("--data", "voc")
+    query, shapes = rectify.query_of(setup), [(40, 48), (48, 32), (40, 48), (48, 32)]
     generator = torch.Generator().manual_seed(0)
     images = [torch.randn(1, 3, *shape, generator=generator) for shape in shapes]
-    kept = evaluate.predictors(world, query, ["rectify", "distill"])
+    kept = evaluate.predictors(setup, query, ["rectify", "distill"])
     with torch.no_grad():
         for image in images:
-            fresh = evaluate.predictors(world, query, ["rectify", "distill"])
-            found, expected = (evaluate.logits_of_all(world, some, image) for some in (kept, fresh))
+            fresh = evaluate.predictors(setup, query, ["rectify", "distill"])
+            found, expected = (evaluate.logits_of_all(setup, some, image) for some in (kept, fresh))
             assert all(torch.equal(found[stage], expected[stage]) for stage in kept)
 
 
@@ -277,7 +301,7 @@ def break_photos(*names: str) -> None:
 
 
 def test_broken_images_are_skipped_counted_and_listed_where_asked(photos, capsys):
-    """The same weights as without them, from the first stage to the last picture; without the flag the first is an error."""
+    """The same weights as without them, from the first stage to the last picture; else an error."""
     shutil.copytree("photos", "whole/photos")
     write_photos(Path("photos"), "broken one.jpg", "late.png")
     break_photos("photos/broken one.jpg", "photos/late.png")
@@ -293,14 +317,16 @@ def test_broken_images_are_skipped_counted_and_listed_where_asked(photos, capsys
     for stage in ("rectify", "distill"):
         assert same_weights(weights_of(stage, "some", "photos"), weights_of(stage, "all", "photos"))
     break_photos(*(str(path) for path in Path("photos").rglob("*.*")))
-    assert "found none of 7 that can be read" in refusal(capsys, rectify, *photos, "--skip-broken", "--out", "none")
+    said = refusal(capsys, rectify, *photos, "--skip-broken", "--out", "none")
+    assert "found none of 7 that can be read" in said
 
 
 def test_labels_among_the_photos_are_refused(photos, capsys):
     """A folder of index pictures inside the folder of photos would be trained on."""
     write_label(Path("photos/labels/z.png"), np.zeros((40, 56)))
     said = refusal(capsys, rectify, *photos)
-    assert "photos/labels/z.png, an index picture with the name of photos/z.tif" in said and "--labels" in said
+    assert "photos/labels/z.png, an index picture with the name of photos/z.tif" in said
+    assert "--labels" in said
 
 
 def test_two_folders_of_one_name_are_told_apart(photos, capsys):
@@ -309,12 +335,13 @@ def test_two_folders_of_one_name_are_told_apart(photos, capsys):
     shutil.copytree("photos", "elsewhere/photos")
     assert "another folder of images" in refusal(capsys, distill, "--data", "elsewhere/photos")
     before = content_of("runs")
-    assert "another folder of images" in refusal(capsys, rectify, "--data", "elsewhere/photos", *photos[2:])    # nor overwritten
+    assert "another folder of images" in refusal(capsys, rectify, "--data", "elsewhere/photos", *photos[2:])
     shutil.copytree("photos", "elsewhere/voc")
     run(rectify, "--data", "elsewhere/voc", *photos[2:], "--out", "other")
     write_voc_tree(Path("data"))
-    assert "another folder of images" in refusal(capsys, rectify, "--data", "voc", *photos[4:], "--out", "other")
-    assert content_of("runs") == before
+    said = refusal(capsys, rectify, "--data", "voc", *photos[4:], "--out", "other")
+    assert "another folder of images" in said
+    assert content_of("runs") == before                                         # nor is anything overwritten
 
 
 def test_later_stages_follow_the_newest_run(voc, photos):
@@ -331,7 +358,8 @@ def test_own_words_in_a_known_dataset_are_trained_but_not_measured(voc, capsys):
     """VOC's labels do not speak of other classes: pictures, no numbers, and no error."""
     Path("two.txt").write_text("animal\nvehicle\n")
     run(rectify, *voc, "--classes", "two.txt")
-    assert "nothing to measure" in capsys.readouterr().out and not Path("runs/voc/rectify/metrics.json").exists()
+    assert "There are no labels of voc for these classes" in capsys.readouterr().out
+    assert not Path("runs/voc/rectify/metrics.json").exists()
     assert "labels of voc" in refusal(capsys, evaluate)
 
 
@@ -345,8 +373,8 @@ def test_bf16_goes_through_every_stage(voc):
 def test_toyland_without_a_flag(place, monkeypatch, capsys):
     """The first commands of a newcomer, on fewer scenes, with the weights that ship with the project."""
     monkeypatch.chdir(place)
-    monkeypatch.setattr(toyland, "TRAIN_SCENES", 16)
-    monkeypatch.setattr(toyland, "VAL_SCENES", 8)
+    monkeypatch.setattr(world, "TRAIN_SCENES", 16)
+    monkeypatch.setattr(world, "VAL_SCENES", 8)
     run(rectify, "--epochs", "1")
     run(distill, "--epochs", "1")
     metrics = run(evaluate)
@@ -354,11 +382,136 @@ def test_toyland_without_a_flag(place, monkeypatch, capsys):
     assert list(metrics) == ["vanilla", "maskclip", "rectify", "distill"]
     assert metrics["maskclip"]["miou"] > metrics["vanilla"]["miou"] > 1
     assert metrics["maskclip"]["fingerprint"]["images"] == 8
-    assert Path("runs/segment/toyland_overlay.png").exists() and Path("runs/toyland/evaluate/preview.png").exists()
+    assert Path("runs/segment/toyland_overlay.png").exists()
+    assert Path("runs/toyland/evaluate/preview.png").exists()
     assert not Path("data/toyland/labels/train").exists()
 
 
-# ------------------------------------------------------------------------------------------ equal runs, equal weights
+# ------------------------------------------------------------------------------ what the optimiser is given
+
+class Watched(torch.optim.SGD):
+    """The optimiser of a stage. It writes down what it is given in every step, and then does its work."""
+    made = []
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.steps, self.start = [], [parameter.detach().clone() for parameter in self.parameters()]
+        Watched.made.append(self)
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
+    def step(self):
+        given = {name: value for name, value in self.param_groups[0].items() if name != "params"}
+        self.steps.append(given | {"gradients": [parameter.grad.clone() for parameter in self.parameters()]})
+        return super().step()
+
+
+def watched(monkeypatch, script, *flags):
+    """A training of a script, watched: its optimiser, and what `Training.descend` got, that is the model and
+    for every step the gradients of that step's loss alone."""
+    descended, descend = [], runs.Training.descend
+
+    def alone(self, loss, rate, ids):
+        of_loss = torch.autograd.grad(loss, self.optimizer.parameters(), retain_graph=True)
+        descended.append({"model": self.model, "gradients": of_loss})
+        descend(self, loss, rate, ids)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.optim, "SGD", Watched)
+        patched.setattr(runs.Training, "descend", alone)
+        Watched.made.clear()
+        run(script, *flags)
+    [optimizer] = Watched.made
+    return optimizer, descended
+
+
+@pytest.fixture(params=["rectify", "distill"])
+def stage(request, voc, monkeypatch):
+    """A stage, watched for three epochs of two steps: (script, recipe, optimiser, what it descended on)."""
+    script = {"rectify": rectify, "distill": distill}[request.param]
+    if script is distill:
+        run(rectify, *voc)
+    optimizer, descended = watched(monkeypatch, script, *voc, "--epochs", "3")
+    assert len(optimizer.steps) == len(descended) == 6
+    return script, replace(script.RECIPES["voc"], epochs=3), optimizer, descended
+
+
+def test_rate_of_rectify_falls_in_every_step_as_its_schedule_says(voc, monkeypatch):
+    """A mutant that never lowered the rate survived all other tests: rate · (1 − step / horizon)^0.9."""
+    optimizer, _ = watched(monkeypatch, rectify, *voc, "--epochs", "3")
+    recipe, rates = replace(rectify.RECIPES["voc"], epochs=3), [step["lr"] for step in optimizer.steps]
+    assert rates == [rectify.learning_rate(recipe, step, 2) for step in range(6)]
+    for step in (0, 3, 5):                                              # the first, a middle one, the last
+        assert rates[step] == pytest.approx(0.01 * (1 - step / 400) ** 0.9, rel=1e-12)
+    assert sorted(rates, reverse=True) == rates and len(set(rates)) == 6
+
+
+@pytest.mark.parametrize("floor", [0.01, 0.5])
+def test_rate_of_distill_falls_to_its_floor_and_no_further(voc, monkeypatch, floor):
+    """A mutant with `min` in place of `max` survived all other tests. The last steps reach a floor of 0.5."""
+    monkeypatch.setitem(distill.RECIPES, "voc", replace(distill.RECIPES["voc"], floor=floor))
+    run(rectify, *voc)
+    optimizer, _ = watched(monkeypatch, distill, *voc, "--epochs", "3")
+    recipe, rates = replace(distill.RECIPES["voc"], epochs=3), [step["lr"] for step in optimizer.steps]
+    assert rates == [distill.learning_rate(recipe, step, 6) for step in range(6)]
+    for step in (0, 3, 5):
+        expected = 0.01 * {0: 1, 3: 0.5 ** 0.9, 5: (1 / 6) ** 0.9}[step]
+        assert rates[step] == pytest.approx(max(floor * 0.01, expected), rel=1e-12)
+    assert (rates[5] == floor * recipe.learning_rate) == (floor == 0.5)
+
+
+def test_optimiser_has_the_recipes_numbers_in_every_step(stage):
+    """Momentum 0.9 and weight decay 0.0005 for all parameters in one group; nothing of SGD's other kinds."""
+    script, recipe, optimizer, _ = stage
+    assert type(optimizer).__bases__ == (torch.optim.SGD,) and len(optimizer.param_groups) == 1
+    for given in optimizer.steps:
+        found = given["momentum"], given["weight_decay"]
+        assert found == (recipe.momentum, recipe.weight_decay) == (0.9, 5e-4)
+        assert not given["nesterov"] and given["dampening"] == 0 and not given["maximize"]
+
+
+def test_optimiser_has_exactly_what_the_stage_trains(stage):
+    """Stage 1: prompt, projection, decoder. Stage 2: the network, nothing of the head that it inherits."""
+    script, _, optimizer, descended = stage
+    model, given = descended[0]["model"], optimizer.parameters()
+    name_of = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = [name_of[id(parameter)] for parameter in given]
+    assert len(set(names)) == len(names) and all(parameter.requires_grad for parameter in given)
+    if script is rectify:
+        assert sorted(names) == ["decoder.conv.weight", "decoder.norm.bias", "decoder.norm.weight",
+                                 "projection.bias", "projection.weight", "prompt"]
+    else:
+        assert set(names) == {name for name in name_of.values() if name.startswith("network.")}
+        assert {name.split(".")[1] for name in names} == {"backbone", "aspp"}
+        assert not [name for name, parameter in model.head.named_parameters() if parameter.requires_grad]
+
+
+def test_gradients_are_those_of_one_batch_alone(stage):
+    """They are reset in every step: none is left of the step before, in which they were others."""
+    _, _, optimizer, descended = stage
+    for given, alone in zip(optimizer.steps, descended):
+        for found, expected in zip(given["gradients"], alone["gradients"], strict=True):
+            assert torch.allclose(found, expected, rtol=1e-4, atol=1e-7)
+    for earlier, later in zip(optimizer.steps, optimizer.steps[1:]):
+        assert any(not torch.allclose(a, b) for a, b in zip(earlier["gradients"], later["gradients"]))
+
+
+def test_weights_are_those_that_sgd_gives_by_hand(stage):
+    """w ← w − rate · v, v ← 0.9 v + (gradient + 0.0005 w), from the gradients and rates of all six steps."""
+    script, recipe, optimizer, descended = stage
+    for number, (weight, parameter) in enumerate(zip(optimizer.start, optimizer.parameters())):
+        velocity = torch.zeros_like(weight)
+        for given in optimizer.steps:
+            velocity = recipe.momentum * velocity + given["gradients"][number] + recipe.weight_decay * weight
+            weight = weight - given["lr"] * velocity
+        assert torch.allclose(parameter, weight, rtol=1e-4, atol=1e-6)
+        assert not torch.equal(parameter, optimizer.start[number])
+    name = next(name for name, one in descended[0]["model"].named_parameters() if one is parameter)
+    assert torch.equal(weights_of(script.__name__)[name], parameter)            # and these are saved
+
+
+# ---------------------------------------------------------------------------------- equal runs, equal weights
 
 @pytest.mark.slow
 def test_same_command_same_weights_other_seed_others(voc):
@@ -372,17 +525,22 @@ def test_same_command_same_weights_other_seed_others(voc):
 
 
 def test_cached_features_train_as_the_images_would_under_one_augmentation(voc, monkeypatch):
-    """CLIP looks at every image once; the weights are those of a training whose augmentation never changes, up to float16."""
+    """CLIP looks at every image once. The weights are, up to float16, those of a training whose augmentation
+    never changes."""
     run(rectify, *voc, "--out", "cached", "--cache-features", "0.1")
-    assert read_json("cached/voc/rectify/recipe.json")["recipe"]["augment_once"] is True
+    assert read_json("cached/voc/rectify/recipe.json")["recipe"]["cache_features"] == 0.1
     seen = []
-    encode = rectify.Rectifier.encode
-    monkeypatch.setattr(rectify.Rectifier, "encode", lambda self, *args: seen.append(1) or encode(self, *args))
+    for owner, name in ((rectify.Rectifier, "encode"), (data.StoredFeatures, "look")):
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, original=original: seen.append(1) or original(*args))
     run(rectify, *voc, "--out", "cached", "--cache-features", "0.1", "--seed", "0")
-    assert not seen                                                                 # all of it came from the cache
+    assert not seen                                                         # all of it came from the cache
+    run(rectify, *voc, "--out", "cached", "--cache-features", "0.1", "--seed", "1")
+    assert seen == [1]                                                  # another seed, another augmentation
     item = data.TrainingImages.__getitem__
     monkeypatch.setattr(data.TrainingImages, "__getitem__", lambda self, when: item(self, (0, when[1])))
     run(rectify, *voc, "--out", "fixed")
+    run(rectify, *voc, "--out", "cached", "--cache-features", "0.1", "--seed", "0")
     found, expected = weights_of("rectify", "cached"), weights_of("rectify", "fixed")
     assert all(torch.allclose(found[name], tensor, atol=2e-3) for name, tensor in expected.items())
 
@@ -390,7 +548,6 @@ def test_cached_features_train_as_the_images_would_under_one_augmentation(voc, m
 def test_cached_features_that_do_not_fit_are_refused_before_anything_is_written(voc, capsys):
     said = refusal(capsys, rectify, *voc, "--cache-features", "1e-6")
     assert "--cache-features 1e-06: expected room for" in said and not Path("runs/voc/rectify").exists()
-    assert "found --ablation fine-tuned" in refusal(capsys, rectify, *voc, "--cache-features", "1", "--ablation", "fine-tuned")
 
 
 def test_learning_rate_goes_with_the_batch(voc):
@@ -402,14 +559,16 @@ def test_learning_rate_goes_with_the_batch(voc):
 
 
 def test_runs_share_what_is_slow_to_make(voc, monkeypatch):
-    """--cache: another --out, another seed, and the student take query and hypotheses from the first run's."""
+    """--cache: another --out, another seed, and the student take query and votes from the first run's."""
     run(rectify, *voc, "--out", "one", "--cache", "shared")
-    assert {path.name.split("-")[0] for path in Path("shared").iterdir()} == {"query", "hypotheses"}
-    assert not Path("one/voc/cache").exists()
-    for name in ("count_votes", "query_features"):
+    kept = content_of("shared")
+    assert sorted(Path(name).name.split("-")[0] for name in kept) == ["query", "votes"]
+    assert all(name.endswith(".pt") for name in kept) and not Path("one/voc/cache").exists()
+    for name in ("window_votes", "query_features"):
         monkeypatch.setattr(rectify, name, None)
     run(rectify, *voc, "--out", "two", "--cache", "shared", "--seed", "1")
     run(distill, "--out", "two", "--cache", "shared")
+    assert content_of("shared") == kept
 
 
 def test_flags_of_the_hypothesis_reach_recipe_and_training(voc):
@@ -417,10 +576,52 @@ def test_flags_of_the_hypothesis_reach_recipe_and_training(voc):
     run(rectify, *voc, "--out", "few", "--vote-threshold", "0.9", "--window-ratio", "0.34")
     run(rectify, *voc, "--out", "many", "--vote-threshold", "0", "--window-ratio", "0.34")
     found = {out: read_json(out, "voc/rectify/recipe.json")["recipe"] for out in ("few", "many")}
-    assert [found[out]["vote_threshold"] for out in found] == [0.9, 0] and found["few"]["window_ratio"] == 0.34
+    assert [found[out]["vote_threshold"] for out in found] == [0.9, 0]
+    assert [found[out]["window_ratio"] for out in found] == [0.34, 0.34]
     assert not same_weights(weights_of("rectify", "few"), weights_of("rectify", "many"))
     run(distill, "--out", "few")
-    assert runs.load(Path("few/voc/distill/checkpoint.pt"), "distill")["settings"]["teacher_recipe"]["vote_threshold"] == 0.9
+    assert settings_of("distill", "few")["teacher_recipe"]["vote_threshold"] == 0.9
+
+
+def test_learning_rate_of_the_flag_is_that_of_the_first_step(voc):
+    """In both stages, and not multiplied with the batch, for it was given."""
+    for script in (rectify, distill):
+        stage = script.__name__
+        run(script, *voc, "--learning-rate", "0.003", "--batch-size", "4")
+        assert read_json("runs/voc", stage, "recipe.json")["recipe"]["learning_rate"] == 0.003
+        first = Path("runs/voc", stage, "log.jsonl").read_text().splitlines()[0]
+        assert json.loads(first)["rate"] == 0.003
+
+
+@pytest.mark.parametrize("flag, field, value", [("--dense-path", "dense_path", "value"),
+                                                ("--mask-scale", "mask_scale", 0.5),
+                                                ("--loss-scale", "loss_scale", 20.0)])
+def test_numbers_that_belong_to_the_clip_reach_recipe_and_training(voc, flag, field, value):
+    """Other weights than with the recipe's own; the student learns with its teacher's numbers."""
+    run(rectify, *voc, "--out", "usual")
+    run(rectify, *voc, "--out", "other", flag, value)
+    assert read_json("other/voc/rectify/recipe.json")["recipe"][field] == value
+    assert read_json("usual/voc/rectify/recipe.json")["recipe"][field] != value
+    assert not same_weights(weights_of("rectify", "other"), weights_of("rectify", "usual"))
+    run(distill, "--out", "other", "--epochs", "1")
+    assert settings_of("distill", "other")["teacher_recipe"][field] == value
+
+
+def test_activation_is_that_of_the_flag_and_later_stages_keep_it(voc, capsys):
+    """A file that does not tell: the flag makes another CLIP of it. It is said, stored, and asked once."""
+    torch.save(openai_state(**SMALLEST), "bare.pt")
+    bare = ["--data", "voc", "--clip", "bare.pt"]
+    run(rectify, *bare, "--out", "usual")
+    run(rectify, *bare, "--activation", "gelu")
+    assert "gelu)" in capsys.readouterr().out
+    assert settings_of("rectify")["activation"] == "gelu"
+    assert settings_of("rectify", "usual")["activation"] == "quickgelu"
+    assert not same_weights(weights_of("rectify"), weights_of("rectify", "usual"))
+    assert opened().clip_model.activation == "gelu"
+    run(distill, "--epochs", "1")
+    assert settings_of("distill")["activation"] == "gelu"
+    assert list(run(evaluate)) == ["vanilla", "maskclip", "rectify", "distill"]
+    assert "another CLIP" in refusal(capsys, evaluate, "--activation", "quickgelu")
 
 
 @pytest.mark.slow
@@ -430,9 +631,9 @@ def test_compiled_blocks_change_rounding_alone(voc):
     found, expected = weights_of("rectify", "compiled"), weights_of("rectify", "plain")
     assert all(torch.allclose(found[name], tensor, atol=1e-3) for name, tensor in expected.items())
     images = torch.randn(2, 3, 40, 48, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():                                       # weights of a few steps hide much: the features themselves
-        plain, compiled = (rectify.open_world(rectify.flags().parse_args(list(map(str, [*voc, *flags])))).clip_model
-                           .encode_dense(images) for flags in ([], ["--compile"]))
+    with torch.no_grad():                       # weights of a few steps hide much: the features themselves
+        args = [rectify.flags().parse_args([*map(str, voc), *flags]) for flags in ([], ["--compile"])]
+        plain, compiled = (data.open_setup(one).clip_model.encode_dense(images) for one in args)
     assert torch.allclose(compiled, plain, atol=1e-5)
 
 
@@ -451,7 +652,7 @@ def replace_by_noise(folder: Path) -> None:
 
 @pytest.mark.parametrize("change", [shutil.rmtree, replace_by_noise], ids=["deleted", "noise"])
 def test_labels_change_no_weight(voc, monkeypatch, change):
-    """Both stages give bit-identical weights with the labels, without the folder, and with noise in its place."""
+    """Both stages give the same bits with the labels, without their folder, and with noise in its place."""
     run(rectify, *voc, "--out", "with")
     run(distill, "--out", "with")
     change(Path("data", VOC_BASE, "SegmentationClass"))
@@ -467,30 +668,31 @@ import json, sys
 sys.path[:0] = [{root!r}, {tests!r}]
 from pathlib import Path
 import pytest
-import helpers, runs
-import rectify, distill, toyland
+import helpers
+import rectify, distill, evaluate
+from toyland import world
 helpers.quick_recipes(pytest.MonkeyPatch(), Path("weights"))
-toyland.TRAIN_SCENES, toyland.VAL_SCENES = 4, 2
+world.TRAIN_SCENES, world.VAL_SCENES = 4, 2
 if {name!r} == "toyland":
-    toyland.draw_dataset(Path("data"))
-opened, finish = [], runs.Training.finish
+    world.draw_dataset(Path("data"))
+opened, found, measure = [], [], evaluate.after_training
 
 def note(event, args):
     if event in ("open", "os.listdir", "os.scandir"):
         opened.append(str(args[0]))
 
-def finish_and_note(self):
-    path = finish(self)
-    opened.append("TRAINED")
-    return path
+def note_and_measure(*args):
+    opened.append("MAIN HAS ENDED")
+    return measure(*args)
 
-runs.Training.finish = finish_and_note
+evaluate.after_training = note_and_measure
 sys.addaudithook(note)
-helpers.run(rectify, "--data", {name!r}, "--clip", {clip!r})
-after_rectify = list(opened)
-opened.clear()
-helpers.run(distill)
-Path("opened.json").write_text(json.dumps([after_rectify, opened]))
+for script, flags in ((rectify, ["--data", {name!r}, "--clip", {clip!r}]), (distill, []),
+                      (distill, ["--data", {name!r}, "--clip", {clip!r}, "--out", "both at once"])):
+    helpers.run(script, *flags)
+    found.append(list(opened))
+    opened.clear()
+Path("opened.json").write_text(json.dumps(found))
 """
 
 
@@ -498,23 +700,16 @@ Path("opened.json").write_text(json.dumps([after_rectify, opened]))
 @pytest.mark.parametrize("name, images, labels", [("voc", "JPEGImages", "SegmentationClass"),
                                                   ("toyland", "toyland/images/train", "toyland/labels")])
 def test_no_label_is_opened_before_training_is_done(voc, place, tiny_clip, name, images, labels):
-    """Seen from the interpreter itself, which reports every file that is opened and every folder that is listed."""
+    """Seen from the interpreter itself, which reports every file that is opened and every folder that is
+    listed: by rectify, by distill, and by a distill that makes its rectification itself."""
     program = OPENED.format(root=str(ROOT), tests=str(ROOT / "tests"), clip=str(tiny_clip), name=name)
     result = subprocess.run([sys.executable, "-c", program], cwd=place, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    for opened in read_json("opened.json"):
-        trained = opened.index("TRAINED")
-        assert any(images in path for path in opened[:trained])                 # the hook does see what is opened
-        assert not [path for path in opened[:trained] if labels in path]
-        assert any(labels in path for path in opened[trained:])                 # and afterwards it is measured
-
-
-@pytest.mark.slow
-def test_training_does_not_import_what_reads_labels():
-    """Both stages, all that they import, and the ablations: ground_truth.py is not among it."""
-    program = "import sys; sys.path[:0] = [%r]\nimport rectify, distill, ablations, toyland\nprint(*sys.modules)" % str(ROOT)
-    modules = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
-    assert "rectify" in modules and "data" in modules and "ground_truth" not in modules
+    for listed in read_json("opened.json"):
+        [ended] = [number for number, path in enumerate(listed) if path == "MAIN HAS ENDED"]
+        assert any(images in path for path in listed[:ended])               # the hook does see what is opened
+        assert not [path for path in listed[:ended] if labels in path]
+        assert any(labels in path for path in listed[ended:])               # and afterwards it is measured
 
 
 # ------------------------------------------------------------------------------------------ interruptions
@@ -540,11 +735,17 @@ def crash():
     raise Interrupted
 
 
+def saved_step(*run_folder) -> int:
+    """Up to which step an unfinished run is saved."""
+    return torch.load(Path(*run_folder, "unfinished/state.pt"), weights_only=True)["step"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("call", [1, 4, 6])
 @pytest.mark.parametrize("script", [rectify, distill], ids=["rectify", "distill"])
 def test_crashed_run_resumes_to_the_same_weights(voc, monkeypatch, script, call):
-    """Six steps in three epochs, broken off in the first, the second and the last: --resume ends as if nothing had been."""
+    """Six steps in three epochs, broken off in the first, the second and the last: --resume ends as if
+    nothing had been."""
     stage = script.__name__
     for out in ("whole", "broken"):
         if script is distill:
@@ -554,11 +755,11 @@ def test_crashed_run_resumes_to_the_same_weights(voc, monkeypatch, script, call)
         stop_at(patched, script, call, crash)
         run(script, *voc, "--out", "broken", "--epochs", "3")
     assert not Path("broken/voc", stage, "checkpoint.pt").exists()
-    assert Path("broken/voc", stage, "unfinished/resume.pt").exists() == (call > 2)
+    assert saved_step("broken/voc", stage) == (call - 1) // 2 * 2               # the last whole epoch
     run(script, *voc, "--out", "broken", "--epochs", "3", "--resume")
     assert same_weights(weights_of(stage, "broken"), weights_of(stage, "whole"))
-    assert [json.loads(line)["step"] for line in Path("broken/voc", stage, "log.jsonl").read_text().splitlines()] \
-        == list(range(6))
+    log = Path("broken/voc", stage, "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in log] == list(range(6))
 
 
 @pytest.mark.slow
@@ -570,11 +771,27 @@ def test_ctrl_c_saves_and_resumes_to_the_same_weights(voc, monkeypatch, capsys, 
         if script is distill:
             run(rectify, *voc, "--out", out)
     run(script, *voc, "--out", "whole")
-    with monkeypatch.context() as patched, pytest.raises(SystemExit) as end, runs.errors_in_one_paragraph():
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as end, errors.one_paragraph():
         stop_at(patched, script, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
         run(script, *voc, "--out", "broken")
     assert end.value.code == 130 and "--resume" in capsys.readouterr().err
-    assert torch.load(Path("broken/voc", stage, "unfinished/resume.pt"), weights_only=True)["step"] == 3
+    assert saved_step("broken/voc", stage) == 3
+    run(script, *voc, "--out", "broken", "--resume")
+    assert same_weights(weights_of(stage, "broken"), weights_of(stage, "whole"))
+
+
+@pytest.mark.parametrize("script", [rectify, distill], ids=["rectify", "distill"])
+def test_run_is_saved_as_often_as_the_flag_says(voc, monkeypatch, script):
+    """--save-every 0: after every step, also in the middle of an epoch. It goes on to the same weights."""
+    stage = script.__name__
+    for out in ("whole", "broken"):
+        if script is distill:
+            run(rectify, *voc, "--out", out)
+    run(script, *voc, "--out", "whole")
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        stop_at(patched, script, 4, crash)
+        run(script, *voc, "--out", "broken", "--save-every", "0")
+    assert saved_step("broken/voc", stage) == 3
     run(script, *voc, "--out", "broken", "--resume")
     assert same_weights(weights_of(stage, "broken"), weights_of(stage, "whole"))
 
@@ -588,7 +805,8 @@ def test_resume_with_other_words_or_numbers_is_refused(voc, monkeypatch, capsys)
     assert "another recipe" in refusal(capsys, rectify, *voc, "--resume", "--epochs", "9")
     assert "another seed" in refusal(capsys, rectify, *voc, "--resume", "--seed", "9")
     Path("other.txt").write_text("cat\ndog\n")
-    assert "resume.pt was made with another" in refusal(capsys, rectify, *voc, "--resume", "--classes", "other.txt")
+    said = refusal(capsys, rectify, *voc, "--resume", "--classes", "other.txt")
+    assert "state.pt was made with another" in said
     assert content_of("runs/voc/rectify") == before
     run(rectify, *voc, "--resume")
 
@@ -596,20 +814,23 @@ def test_resume_with_other_words_or_numbers_is_refused(voc, monkeypatch, capsys)
 # ------------------------------------------------------------------------------------------ bad input
 
 def nothing_half_written() -> bool:
-    return not [path for path in Path().rglob("*") if path.suffix == ".part" or path.name in ("checkpoint.pt", "resume.pt",
-                                                                                             "metrics.json", "preview.png")]
+    written = ("checkpoint.pt", "state.pt", "metrics.json", "preview.png")
+    return not [path for path in Path().rglob("*")
+                if path.suffix in (".part", ".lock") or path.name in written]
 
 
 @pytest.mark.parametrize("case, parts", [
     (["--data", "nowhere", "--classes", "names.txt"], ["--data nowhere"]),
     (["--data", "nowhere"], ["--data nowhere", "--classes FILE"]),
     (["--data", "voc", "--root", "nowhere"], ["nowhere/VOCdevkit/VOC2012", "--download"]),
-    (["--data", "empty", "--classes", "names.txt"], ["--data empty", "expected images"]),
+    (["--data", "empty", "--classes", "names.txt"], ["--data empty", "expected photographs"]),
     (["--data", "photos", "--classes", "nowhere.txt"], ["--classes nowhere.txt"]),
     (["--data", "photos", "--classes", "one.txt"], ["one.txt", "at least two classes, found 1"]),
-    (["--data", "photos", "--classes", "long.txt"], ["long.txt", "at most 65 tokens", "found 72 in 'very very"]),
+    (["--data", "photos", "--classes", "long.txt"],
+     ["long.txt", "at most 65 tokens", "found 72 in 'very very"]),
     (["--data", "photos", "--classes", "names.txt", "--clip", "nowhere.pt"], ["'nowhere.pt'", "ViT-B/16"]),
-    (["--data", "photos", "--classes", "names.txt", "--clip", "names.txt"], ["names.txt", "damaged or no weights file"]),
+    (["--data", "photos", "--classes", "names.txt", "--clip", "names.txt"],
+     ["names.txt", "damaged or no weights file"]),
     (["--data", "cut", "--classes", "names.txt"], ["cut/half.jpg", "truncated"]),
     (["--data", "cut", "--classes", "names.txt", "--workers", "1"], ["cut/half.jpg", "truncated"]),
     (["--data", "twice", "--classes", "names.txt"], ["a.jpg and a.png"]),
@@ -632,18 +853,20 @@ def test_bad_input_is_named_and_leaves_nothing_half_written(photos, capsys, case
 
 
 def test_device_that_is_not_there_is_refused(photos, capsys):
-    with pytest.raises(SystemExit) as end, runs.errors_in_one_paragraph():
+    with pytest.raises(SystemExit) as end, errors.one_paragraph():
         rectify.main(rectify.flags().parse_args([*map(str, photos), "--device", "nonsense"]))
     said = capsys.readouterr().err
     assert end.value.code == 2 and "--device nonsense: expected a device of this machine, found none" in said
     assert nothing_half_written()
 
 
-@pytest.mark.parametrize("flags", [["--epochs", "0"], ["--epochs", "-3"], ["--batch-size", "0"], ["--epochs", "many"]])
+@pytest.mark.parametrize("flags", [["--epochs", "0"], ["--epochs", "-3"], ["--batch-size", "0"],
+                                   ["--epochs", "many"]])
 def test_numbers_that_make_no_sense_are_refused(capsys, flags):
     with pytest.raises(SystemExit) as end:
         rectify.flags().parse_args(flags)
-    assert end.value.code == 2 and f"{flags[0]}: expected a whole number from 1 on, found {flags[1]}" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and f"{flags[0]}: expected a whole number from 1 on, found {flags[1]}" in said
 
 
 def test_list_that_names_a_missing_image_is_refused(voc, capsys):
@@ -705,7 +928,7 @@ def test_checkpoint_of_another_clip_is_refused(photos, capsys, script):
 
 
 def test_student_of_another_class_list_is_left_out(photos, capsys):
-    """A rectification that was trained again with other words does not fit the old student: said, and shown without it."""
+    """A rectification that was trained again with other words does not fit the old student: left out."""
     run(rectify, *photos)
     run(distill)
     Path("names.txt").write_text("cat\ndog\n")
@@ -722,10 +945,11 @@ def test_damaged_checkpoint_is_refused_by_every_later_stage(photos, capsys):
     path = Path("runs/photos/rectify/checkpoint.pt")
     path.write_bytes(path.read_bytes()[:1000])
     for script, flags in ((distill, []), (evaluate, []), (segment, ["photos/a.jpg"])):
-        with pytest.raises(SystemExit) as end, runs.errors_in_one_paragraph():
+        with pytest.raises(SystemExit) as end, errors.one_paragraph():
             run(script, *flags)
         said = capsys.readouterr().err
-        assert end.value.code == 2 and "checkpoint.pt: expected a checkpoint, found a damaged file" in said and "python rectify.py" in said
+        assert end.value.code == 2 and "python rectify.py" in said
+        assert "checkpoint.pt: expected a checkpoint, found a damaged file" in said
 
 
 def test_nothing_to_measure_against_is_an_error_that_says_what_to_do(photos, capsys):
@@ -741,7 +965,7 @@ def test_labels_of_ignored_pixels_alone_are_no_result(voc, capsys):
     assert nothing_half_written()
 
 
-# ------------------------------------------------------------------------------------------ as separate processes
+# -------------------------------------------------------------------------------------- as separate processes
 
 def command(*args, cwd, **environment) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True,
@@ -758,15 +982,27 @@ def test_refusal_of_the_real_command(photos, place):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("script", ["rectify", "datasets/check"])
+def test_debug_shows_the_traceback_of_a_refusal(place, script):
+    """The same paragraph and the same exit code; without the flag none. (All scripts: test_house.py.)"""
+    for debug in ([], ["--debug"]):
+        result = command(ROOT / f"{script}.py", "--data", "nowhere", *debug, cwd=place)
+        assert result.returncode == 2 and "expected" in result.stderr.strip().splitlines()[-1]
+        assert ("Traceback (most recent call last)" in result.stderr) == bool(debug)
+        assert len(result.stderr.strip().splitlines()) == 1 or debug
+
+
+@pytest.mark.slow
 def test_the_real_commands_end_to_end(voc, place):
-    """Four processes, VOC's own recipe at its real picture size (a tiny CLIP, one epoch), no flag but the first ones."""
+    """Four processes, VOC's own recipe at its real picture size (a tiny CLIP, one epoch), few flags."""
     result = command(ROOT / "rectify.py", *voc, "--epochs", 1, "--device", "cpu", cwd=place)
     assert result.returncode == 0, result.stderr
     assert "Next: python distill.py" in result.stdout and "ReCLIP++ rectified" in result.stdout
     assert read_json("runs/voc/rectify/recipe.json")["recipe"]["crop"] == [336, 336]
     result = command(ROOT / "evaluate.py", "--device", "cpu", cwd=place)
     assert result.returncode == 0 and "sheep" in result.stdout, result.stderr
-    result = command(ROOT / "segment.py", "data/VOCdevkit/VOC2012/JPEGImages/2007_000033.jpg", "--device", "cpu", cwd=place)
+    photo_of_voc = Path("data", VOC_BASE, "JPEGImages/2007_000033.jpg")
+    result = command(ROOT / "segment.py", photo_of_voc, "--device", "cpu", cwd=place)
     assert result.returncode == 0 and Path("runs/segment/2007_000033_overlay.png").exists(), result.stderr
     result = command(ROOT / "distill.py", "--classes", "nowhere.txt", "--device", "cpu", cwd=place)
     assert result.returncode == 2 and "nowhere.txt" in result.stderr

@@ -1,6 +1,6 @@
 """Train Toyland's small CLIP from captions alone, and the small ResNet; writes clip.pt and resnet.pt.
 
-    python toyland/pretrain.py                 to the shipped bits: 22 minutes on one core. --resume goes on
+    python toyland/pretrain.py                 22 minutes on one core, and the shipped bits. --resume goes on
 
     B images · T tokens · U different captions in a batch
 """
@@ -30,7 +30,8 @@ def flags() -> argparse.ArgumentParser:
                         help="where the two files are written (default: this folder)")
     parser.add_argument("--out", type=common.path, metavar="DIR", default="runs",
                         help="the training keeps its state in DIR/toyland/ (default: runs)")
-    parser.add_argument("--resume", action="store_true", help="continue an unfinished training where it was saved last")
+    parser.add_argument("--resume", action="store_true",
+                        help="continue an unfinished training where it was saved last")
     parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
     return parser
 
@@ -56,10 +57,10 @@ from toyland.world import CLASSES, PICTURE, TEMPLATES, captioned_picture
 BATCH = 256
 LEARNING_RATE = 1e-3                        # AdamW, cosine to zero after a short warm-up
 WEIGHT_DECAY = 0.1
-# FLIP (Li et al. 2023) drops random patches to train faster. Here it matters for another reason: when the one
-# tell-tale patch (a wheel) is often missing, the rest of the car must say "car" too.
+# FLIP (Li et al. 2023) drops random patches to train faster. Here there is another reason: when the one
+# telling patch (a wheel) is often missing, the rest of the car must say "car" too.
 PATCH_DROPOUT = 0.65
-WHOLE_PICTURES = 0.1                        # the last share of the training sees all patches, as the tests will
+WHOLE_PICTURES = 0.1                        # the last share of the steps sees all patches, as later use does
 RESNET_EPOCHS = 2
 
 
@@ -67,8 +68,9 @@ def pretraining_pictures(seed: int, count: int) -> tuple[np.ndarray, list[str]]:
     """`count` captioned pictures, (count, 64, 64, 3) uint8, and what their captions name."""
     chunks = [(seed, chunk, min(500, count - chunk)) for chunk in range(0, count, 500)]
     pictures, captions = np.empty((count, PICTURE, PICTURE, 3), np.uint8), []
-    # torch's loader, for its processes end when this one is killed; those of Python's own pools would wait for ever.
-    loader = torch.utils.data.DataLoader(chunks, batch_size=None, collate_fn=draw_chunk, num_workers=os.cpu_count() or 1)
+    # torch's loader: its processes end when this one is killed. Those of Python's pools would wait forever.
+    loader = torch.utils.data.DataLoader(chunks, batch_size=None, collate_fn=draw_chunk,
+                                         num_workers=os.cpu_count() or 1)
     for images, texts in tqdm(loader, desc="drawing", unit="×500"):
         pictures[len(captions):len(captions) + len(texts)] = images
         captions.extend(texts)
@@ -104,9 +106,10 @@ def encode_some_patches(model, images: Tensor, dropout: float) -> Tensor:
 def caption_loss(image_features: Tensor, text_features: Tensor, caption: Tensor, scale: Tensor) -> Tensor:
     """CLIP's symmetric contrastive loss where equal captions count as one.
 
-    image_features (B, D) and text_features (U, D) of unit length; caption (B,) in 0..U-1; scale: exp(logit_scale).
-    Toyland says few different things: in a batch of 256 many captions coincide, and pushing a picture away from its
-    own caption beside another picture would teach nonsense.
+    image_features (B, D) and text_features (U, D) have unit length; caption (B,) in 0..U-1 is the row of each
+    image's text; scale is exp(logit_scale). Toyland says few different things, so many captions in a batch of
+    256 are the same. CLIP's own loss would push a picture away from its caption whenever another picture has
+    the same one.
     """
     logits = scale * image_features @ text_features.T                           # (B, U)
     images_to_texts = F.cross_entropy(logits, caption)
@@ -119,7 +122,7 @@ def caption_loss(image_features: Tensor, text_features: Tensor, caption: Tensor,
 class Draws:
     """All chance in a pre-training: the order of the pictures, NumPy's generator, and torch's own.
 
-    A state that can be saved: a training that continues draws what one without interruption would have drawn.
+    Its state can be saved: a resumed training draws what an uninterrupted one would have drawn.
     """
 
     def __init__(self, pictures: int, *seed: int):
@@ -133,16 +136,17 @@ class Draws:
         return np.sort(self.order[step % self.per_epoch * BATCH:][:BATCH])
 
     def state_dict(self) -> dict:
-        return {"order": torch.from_numpy(self.order), "numpy": self.rng.bit_generator.state, "torch": torch.get_rng_state()}
+        return {"order": torch.from_numpy(self.order), "numpy": self.rng.bit_generator.state,
+                "torch": torch.get_rng_state()}
 
     def load_state_dict(self, state: dict) -> None:
         self.order, self.rng.bit_generator.state = state["order"].numpy(), state["numpy"]
         torch.set_rng_state(state["torch"])
 
 
-def training_of(model, optimizer, schedule, draws: Draws, stage: str, pictures: np.ndarray, epochs: int, seed: int,
-                out: str, resume: bool) -> runs.Training:
-    """The frame of a pre-training: header, bar, saving, resuming. A run on other pictures is not continued."""
+def training_of(model, optimizer, schedule, draws: Draws, stage: str, pictures: np.ndarray, epochs: int,
+                seed: int, out: str, resume: bool) -> runs.Training:
+    """The frame of a pre-training: header, bar, saving, resuming. A run on other pictures is refused."""
     settings = {"epochs": epochs, "seed": seed, "pictures": len(pictures), "batch": BATCH,
                 "drawn": hashlib.sha256(pictures.data).hexdigest()[:16]}
     return runs.Training(runs.run_folder(out, "toyland", stage), stage, settings,
@@ -151,16 +155,19 @@ def training_of(model, optimizer, schedule, draws: Draws, stage: str, pictures: 
                          also={"schedule": schedule, "draws": draws})
 
 
-def pretrain(pictures: np.ndarray, captions: list[str], epochs: int, seed: int, out: str = "runs", resume: bool = False):
+def pretrain(pictures: np.ndarray, captions: list[str], epochs: int, seed: int, out: str = "runs",
+             resume: bool = False) -> clip.CLIP:
     """The small CLIP, from captioned pictures alone. The order of pictures and templates follows the seed."""
     torch.manual_seed(seed)
     draws = Draws(len(pictures), 4, seed)
     model = clip.CLIP(**SMALL_CLIP)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98),
+                                  weight_decay=WEIGHT_DECAY)
     steps = epochs * draws.per_epoch
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.05,
-                                                   cycle_momentum=False)
-    with training_of(model, optimizer, schedule, draws, "pretrain", pictures, epochs, seed, out, resume) as training:
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps,
+                                                   pct_start=0.05, cycle_momentum=False)
+    with training_of(model, optimizer, schedule, draws, "pretrain", pictures, epochs, seed, out,
+                     resume) as training:
         for step in range(training.first_step, steps):
             chosen = draws.batch(step)
             images = to_batch(pictures[chosen])
@@ -169,7 +176,8 @@ def pretrain(pictures: np.ndarray, captions: list[str], epochs: int, seed: int, 
             dropout = PATCH_DROPOUT if step < (1 - WHOLE_PICTURES) * steps else 0.0
             image_features = F.normalize(encode_some_patches(model, images, dropout), dim=-1)
             text_features = F.normalize(model.encode_text(clip.tokenize(texts)), dim=-1)
-            loss = caption_loss(image_features, text_features, torch.from_numpy(caption), model.logit_scale.exp())
+            loss = caption_loss(image_features, text_features, torch.from_numpy(caption),
+                                model.logit_scale.exp())
             training.descend(loss, None, texts)
             schedule.step()
             with torch.no_grad():
@@ -183,8 +191,8 @@ def pretrain_resnet(pictures: np.ndarray, captions: list[str], epochs: int, seed
     """Train the small ResNet to say which classes a picture's caption names: one yes or no per class."""
     torch.manual_seed(seed)
     draws = Draws(len(pictures), 5, seed)
-    named = torch.tensor([[name in caption.replace(" and the ", " ").replace(" on the ", " ").split() for name in CLASSES]
-                          for caption in captions]).float()
+    words = [caption.replace(" and the ", " ").replace(" on the ", " ").split() for caption in captions]
+    named = torch.tensor([[name in said for name in CLASSES] for said in words]).float()
     resnet = small_resnet(pretrained=False)
     optimizer = torch.optim.SGD(resnet.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
     steps = epochs * draws.per_epoch

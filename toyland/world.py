@@ -2,12 +2,13 @@
 
     python toyland/world.py                    draw the scenes into data/toyland, and a sheet to look at
 
-Two kinds of pictures, as in the real story of CLIP and its use for segmentation:
+Two kinds of pictures, as CLIP learns from one kind and is then used on another:
 
-captioned pictures   64×64, one or two things near the centre, or stuff alone; a caption that names the things and
-                     rarely what lies behind. This is how pictures on the web are, and it is all that the small CLIP learns
-                     from. Here its biases come from: things live in the centre, and a car's road is called "car".
-scenes               96×128, several stuffs, things anywhere. This is what is segmented. Validation scenes have a
+captioned pictures   64×64: one or two things near the centre, or stuff alone. The caption names the things
+                     and rarely what lies behind them. Pictures on the web are like this. The small CLIP
+                     learns from these alone, and its class bias comes from them: the grass behind a tree is
+                     part of what is called "tree".
+scenes               96×128: several stuffs, things anywhere. These are segmented. Validation scenes have a
                      dense truth; the truth of training scenes is never written to disk.
 
     H,W pixels
@@ -60,11 +61,11 @@ TEMPLATES = ["the {}.", "a photo of the {}.", "a picture of the {}.", "a drawing
 PICTURE = 64                                # captioned pictures are square
 SCENE = (96, 128)                           # height, width
 TRAIN_SCENES, VAL_SCENES = 1000, 500
-# Two habits of captions make the small CLIP's class bias, as they make the large one's: what lies behind a thing is rarely
-# named, so that plain grass says "tree"; but some pictures show nothing else, so that CLIP knows grass when it sees it.
+# These two numbers make the small CLIP's class bias. Captions rarely name what lies behind a thing, so plain
+# grass comes to say "tree". But some pictures show stuff alone, so CLIP does know grass when it sees it.
 MENTION = 0.15                              # share of captions with things that also name what lies behind
 PLAIN = 0.35                                # share of pictures that show stuff alone
-SUPERSAMPLE = 2                             # pictures are drawn this much larger and averaged down: smooth edges
+SUPERSAMPLE = 2                             # pictures are drawn twice as large, then averaged: smooth edges
 
 
 class Canvas:
@@ -97,7 +98,9 @@ class Canvas:
         H, W = (bottom - top) * SUPERSAMPLE, self.width * SUPERSAMPLE
         texture = TEXTURES[name](int(np.ceil(H / zoom)), int(np.ceil(W / zoom)), rng)
         texture = Image.fromarray(texture.clip(0, 255).astype(np.uint8))
-        self.image.paste(texture.resize((W, H), Image.Resampling.BILINEAR) if zoom > 1 else texture, (0, top * SUPERSAMPLE))
+        if zoom > 1:
+            texture = texture.resize((W, H), Image.Resampling.BILINEAR)
+        self.image.paste(texture, (0, top * SUPERSAMPLE))
         self.label.paste(CLASSES.index(name), (0, top, self.width, bottom))
 
     def thing(self, name: str, x: float, y: float, size: float, rng: np.random.Generator) -> None:
@@ -112,7 +115,8 @@ class Canvas:
 
 def shade(colour, rng: np.random.Generator, amount: float = 25) -> np.ndarray:
     """A colour, a little brighter or darker and a little off in each channel."""
-    return (np.array(colour) + rng.normal(0, amount / 2) + rng.normal(0, amount / 2, 3)).clip(0, 255).astype(int)
+    off = rng.normal(0, amount / 2)
+    return (np.array(colour) + off + rng.normal(0, amount / 2, 3)).clip(0, 255).astype(int)
 
 
 def pick(rng: np.random.Generator, *choices):
@@ -141,7 +145,9 @@ def water(H, W, rng):
 
 
 def sand(H, W, rng):
-    return shade((220, 190, 130), rng, 35) + rng.normal(0, 20, (1 + H // 2, 1 + W // 2, 1)).repeat(2, 0).repeat(2, 1)[:H, :W]
+    tone = shade((220, 190, 130), rng, 35)
+    grains = rng.normal(0, 20, (1 + H // 2, 1 + W // 2, 1)).repeat(2, axis=0).repeat(2, axis=1)[:H, :W]
+    return tone + grains
 
 
 def road(H, W, rng):
@@ -167,49 +173,53 @@ def wall(H, W, rng):
 TEXTURES = dict(sky=sky, grass=grass, water=water, sand=sand, road=road, wall=wall)
 
 
-# ---- things: x, y is the centre, r half of the larger side. Each has parts and a pattern of its own, so that a piece
-# of it can be told as well as the whole, and a range of colours; those of car and bus overlap.
+# ---- things: x, y is the centre, r half of the larger side. Each has parts and a pattern of its own, so that
+# a piece of it is as easy to tell as the whole. Each has a range of colours; those of car and bus overlap.
 
 def house(c, x, y, r, rng):
     front = shade(pick(rng, (245, 190, 190), (250, 205, 185), (235, 180, 200)), rng)
     c.box(x - 0.8 * r, y - 0.2 * r, x + 0.8 * r, y + r, front)
-    for k in range(6):                                                          # boards
+    for k in range(6):                                          # boards
         c.box(x - 0.8 * r, y + (-0.1 + 0.18 * k) * r, x + 0.8 * r, y + (-0.04 + 0.18 * k) * r, front - 90)
     roof = shade(pick(rng, (95, 45, 55), (75, 50, 70)), rng)
-    for k in range(5):                                                          # rows of tiles, dark and bright
-        c.polygon([(x - (0.2 * k + 0.2) * r, y - (0.84 - 0.16 * k) * r), (x - 0.2 * k * r, y - (1 - 0.16 * k) * r),
-                   (x + 0.2 * k * r, y - (1 - 0.16 * k) * r), (x + (0.2 * k + 0.2) * r, y - (0.84 - 0.16 * k) * r)],
-                  roof + 60 * (k % 2))
+    for k in range(5):                                          # rows of tiles, dark and bright
+        top, bottom = y - (1 - 0.16 * k) * r, y - (0.84 - 0.16 * k) * r
+        c.polygon([(x - (0.2 * k + 0.2) * r, bottom), (x - 0.2 * k * r, top), (x + 0.2 * k * r, top),
+                   (x + (0.2 * k + 0.2) * r, bottom)], roof + 60 * (k % 2))
     c.box(x - 0.15 * r, y + 0.35 * r, x + 0.2 * r, y + r, shade((110, 70, 40), rng))
     for side in (-0.5, 0.52):
         c.box(x + (side - 0.2) * r, y + 0.05 * r, x + (side + 0.2) * r, y + 0.5 * r, (250, 250, 250))
-        c.box(x + (side - 0.15) * r, y + 0.1 * r, x + (side + 0.15) * r, y + 0.45 * r, shade((90, 130, 170), rng))
+        c.box(x + (side - 0.15) * r, y + 0.1 * r, x + (side + 0.15) * r, y + 0.45 * r,
+              shade((90, 130, 170), rng))
 
 
 def tree(c, x, y, r, rng):
     c.box(x - 0.13 * r, y, x + 0.13 * r, y + r, shade((100, 70, 45), rng))
     green = shade(pick(rng, (20, 85, 45), (35, 95, 35), (15, 75, 60)), rng)
-    if rng.random() < 0.5:                                                      # a fir: dark and bright tiers
+    if rng.random() < 0.5:                                      # a fir: dark and bright tiers
         for k in range(4):
             half = (0.4 + 0.14 * k) * r
-            c.polygon([(x - half, y + (-0.4 + 0.3 * k) * r), (x, y + (-1 + 0.3 * k) * r), (x + half, y + (-0.4 + 0.3 * k) * r)],
+            bottom = y + (-0.4 + 0.3 * k) * r
+            c.polygon([(x - half, bottom), (x, y + (-1 + 0.3 * k) * r), (x + half, bottom)],
                       green + 45 * (k % 2))
-    else:                                                                       # a broad crown with clumps of leaves
+    else:                                                       # a broad crown with clumps of leaves
         for dx, dy in ((-0.4, -0.1), (0.4, -0.1), (0, -0.5), (0, -0.1)):
             c.ellipse(x + dx * r, y + dy * r, 0.48 * r, 0.48 * r, green)
         for angle in np.arange(14) * 2.4:
             d = 0.045 * angle / 2.4
-            c.ellipse(x + d * 1.2 * r * np.cos(angle), y + (-0.22 + d * np.sin(angle)) * r, 0.1 * r, 0.1 * r, green + 55)
+            c.ellipse(x + d * 1.2 * r * np.cos(angle), y + (-0.22 + d * np.sin(angle)) * r, 0.1 * r, 0.1 * r,
+                      green + 55)
 
 
 def car(c, x, y, r, rng):
     body = shade(pick(rng, (205, 25, 35), (225, 45, 30), (170, 15, 40)), rng)
-    c.polygon([(x - 0.55 * r, y - 0.1 * r), (x - 0.3 * r, y - 0.6 * r), (x + 0.3 * r, y - 0.6 * r), (x + 0.6 * r, y - 0.1 * r)], body)
+    c.polygon([(x - 0.55 * r, y - 0.1 * r), (x - 0.3 * r, y - 0.6 * r), (x + 0.3 * r, y - 0.6 * r),
+               (x + 0.6 * r, y - 0.1 * r)], body)
     for left, top_left, top_right, right in ((-0.42, -0.22, -0.03, -0.03), (0.05, 0.05, 0.22, 0.44)):
-        c.polygon([(x + left * r, y - 0.12 * r), (x + top_left * r, y - 0.5 * r), (x + top_right * r, y - 0.5 * r),
-                   (x + right * r, y - 0.12 * r)], shade((60, 70, 85), rng))
+        c.polygon([(x + left * r, y - 0.12 * r), (x + top_left * r, y - 0.5 * r),
+                   (x + top_right * r, y - 0.5 * r), (x + right * r, y - 0.12 * r)], shade((60, 70, 85), rng))
     c.box(x - r, y - 0.12 * r, x + r, y + 0.32 * r, body)
-    c.box(x - r, y + 0.1 * r, x + r, y + 0.16 * r, (35, 35, 40))                # trim, lamp, door
+    c.box(x - r, y + 0.1 * r, x + r, y + 0.16 * r, (35, 35, 40))                # then trim, lamp and door
     c.ellipse(x + 0.9 * r, y, 0.1 * r, 0.1 * r, (255, 240, 150))
     c.box(x - 0.01 * r, y - 0.1 * r, x + 0.03 * r, y + 0.3 * r, body - 60 * (body > 70))
     wheels(c, x, y + 0.32 * r, (-0.55, 0.55), 0.26, r)
@@ -218,7 +228,7 @@ def car(c, x, y, r, rng):
 def bus(c, x, y, r, rng):
     body = shade(pick(rng, (245, 120, 20), (250, 150, 30), (225, 50, 30)), rng)
     c.box(x - r, y - 0.7 * r, x + r, y + 0.5 * r, body)
-    for row in (-0.62, -0.16):                                                  # a double-decker: two rows of windows
+    for row in (-0.62, -0.16):                                  # a double-decker: two rows of windows
         for k in range(5):
             c.box(x + (-0.93 + 0.38 * k) * r, y + row * r, x + (-0.65 + 0.38 * k) * r, y + (row + 0.3) * r,
                   shade((175, 220, 240), rng, 12))
@@ -234,15 +244,16 @@ def wheels(c, x, y, places, size, r):
 
 def boat(c, x, y, r, rng):
     hull = shade(pick(rng, (30, 35, 75), (25, 25, 50)), rng)
-    for k in range(4):                                                          # planks
-        c.polygon([(x - (1 - 0.09 * k) * r, y + (0.35 + 0.14 * k) * r), (x + (1 - 0.09 * k) * r, y + (0.35 + 0.14 * k) * r),
-                   (x + (0.91 - 0.09 * k) * r, y + (0.49 + 0.14 * k) * r), (x - (0.91 - 0.09 * k) * r, y + (0.49 + 0.14 * k) * r)],
+    for k in range(4):                                          # planks
+        top, bottom = y + (0.35 + 0.14 * k) * r, y + (0.49 + 0.14 * k) * r
+        c.polygon([(x - (1 - 0.09 * k) * r, top), (x + (1 - 0.09 * k) * r, top),
+                   (x + (0.91 - 0.09 * k) * r, bottom), (x - (0.91 - 0.09 * k) * r, bottom)],
                   hull + 150 * (k % 2))
     c.box(x - 0.05 * r, y - r, x + 0.05 * r, y + 0.35 * r, shade((90, 60, 40), rng))
     sail, seam = shade((250, 250, 245), rng, 12), shade(pick(rng, (30, 40, 100), (25, 25, 60)), rng)
     for right in (True, False):
         side, top, reach = (1, -0.95, 0.8) if right else (-1, -0.75, 0.6)
-        for k in range(5):                                                      # striped sails
+        for k in range(5):                                      # striped sails
             a, b = k / 5, (k + 1) / 5
             ya, yb = top + (0.22 - top) * a, top + (0.22 - top) * b
             c.polygon([(x + side * 0.1 * r, y + ya * r), (x + side * (0.1 + reach * a) * r, y + ya * r),
@@ -255,34 +266,39 @@ def sun(c, x, y, r, rng):
     angle = np.linspace(0, 2 * np.pi, 24, endpoint=False) + rng.uniform(0, 1)
     radius = np.where(np.arange(24) % 2, 0.66, 1.0) * r
     c.polygon(zip(x + radius * np.cos(angle), y + radius * np.sin(angle)), yellow)
-    for k, size in enumerate((0.66, 0.52, 0.38, 0.24, 0.1)):                    # rings of fire
+    for k, size in enumerate((0.66, 0.52, 0.38, 0.24, 0.1)):    # rings of fire
         c.ellipse(x, y, size * r, size * r, yellow if k % 2 else yellow - (15, 110, 20))
 
 
 def cloud(c, x, y, r, rng):
     white = shade(pick(rng, (245, 245, 250), (225, 228, 235), (250, 235, 230)), rng, 12)
-    for dx, dy, size in ((-0.6, 0.12, 0.36), (0.6, 0.12, 0.36), (-0.2, -0.12, 0.45), (0.28, -0.05, 0.4), (0, 0.22, 0.4)):
-        for k in range(3):                                                      # curls: white rims around grey
-            c.ellipse(x + dx * r, y + dy * r, (1 - 0.3 * k) * size * r, (0.8 - 0.24 * k) * size * r, white - 60 * (k % 2))
+    for dx, dy, size in ((-0.6, 0.12, 0.36), (0.6, 0.12, 0.36), (-0.2, -0.12, 0.45), (0.28, -0.05, 0.4),
+                         (0, 0.22, 0.4)):
+        for k in range(3):                                      # curls: white rims around grey
+            c.ellipse(x + dx * r, y + dy * r, (1 - 0.3 * k) * size * r, (0.8 - 0.24 * k) * size * r,
+                      white - 60 * (k % 2))
 
 
 def flower(c, x, y, r, rng):
     c.box(x - 0.06 * r, y - 0.2 * r, x + 0.06 * r, y + r, shade((40, 130, 50), rng))
-    c.polygon([(x, y + 0.7 * r), (x + 0.45 * r, y + 0.35 * r), (x + 0.35 * r, y + 0.7 * r)], shade((50, 140, 60), rng))
+    c.polygon([(x, y + 0.7 * r), (x + 0.45 * r, y + 0.35 * r), (x + 0.35 * r, y + 0.7 * r)],
+              shade((50, 140, 60), rng))
     petal = shade(pick(rng, (235, 50, 150), (215, 50, 200), (250, 110, 180)), rng)
     for angle in np.linspace(0, 2 * np.pi, 6, endpoint=False) + rng.uniform(0, 1):
-        c.ellipse(x + 0.38 * r * np.cos(angle), y - 0.38 * r + 0.38 * r * np.sin(angle), 0.25 * r, 0.25 * r, petal)
-        c.ellipse(x + 0.38 * r * np.cos(angle), y - 0.38 * r + 0.38 * r * np.sin(angle), 0.1 * r, 0.1 * r, petal + 50)
+        px, py = x + 0.38 * r * np.cos(angle), y - 0.38 * r + 0.38 * r * np.sin(angle)
+        c.ellipse(px, py, 0.25 * r, 0.25 * r, petal)
+        c.ellipse(px, py, 0.1 * r, 0.1 * r, petal + 50)
     c.ellipse(x, y - 0.38 * r, 0.22 * r, 0.22 * r, shade((250, 210, 50), rng, 15))
 
 
 def fish(c, x, y, r, rng):
     skin = shade(pick(rng, (40, 200, 190), (60, 215, 160), (30, 180, 210)), rng)
-    d = pick(rng, -1, 1)
-    c.polygon([(x - 0.45 * d * r, y), (x - d * r, y - 0.45 * r), (x - d * r, y + 0.45 * r)], skin - 40 * (skin > 60))
-    c.polygon([(x, y - 0.35 * r), (x + 0.35 * d * r, y - 0.35 * r), (x - 0.1 * d * r, y - 0.7 * r)], skin - 40 * (skin > 60))
+    fin = skin - 40 * (skin > 60)
+    d = pick(rng, -1, 1)                                        # which way it swims
+    c.polygon([(x - 0.45 * d * r, y), (x - d * r, y - 0.45 * r), (x - d * r, y + 0.45 * r)], fin)
+    c.polygon([(x, y - 0.35 * r), (x + 0.35 * d * r, y - 0.35 * r), (x - 0.1 * d * r, y - 0.7 * r)], fin)
     c.ellipse(x + 0.2 * d * r, y, 0.78 * r, 0.46 * r, skin)
-    for dx in (-0.3, -0.08, 0.14, 0.36):                                        # rows of scales
+    for dx in (-0.3, -0.08, 0.14, 0.36):                        # rows of scales
         for dy in (-0.22, 0, 0.22):
             c.ellipse(x + (dx + 0.4 * abs(dy)) * d * r, y + dy * r, 0.08 * r, 0.08 * r, skin + 70)
     c.ellipse(x + 0.68 * d * r, y - 0.1 * r, 0.13 * r, 0.13 * r, (250, 250, 250))
@@ -292,33 +308,34 @@ def fish(c, x, y, r, rng):
 def balloon(c, x, y, r, rng):
     skin = shade(pick(rng, (130, 50, 190), (90, 50, 200)), rng)
     stripe = shade((250, 215, 90), rng)
-    c.polygon([(x - 0.55 * r, y - 0.1 * r), (x + 0.55 * r, y - 0.1 * r), (x + 0.16 * r, y + 0.6 * r), (x - 0.16 * r, y + 0.6 * r)], skin)
-    for k in range(5):                                                          # gores, one inside the other
+    c.polygon([(x - 0.55 * r, y - 0.1 * r), (x + 0.55 * r, y - 0.1 * r), (x + 0.16 * r, y + 0.6 * r),
+               (x - 0.16 * r, y + 0.6 * r)], skin)
+    for k in range(5):                                          # stripes, one inside the other
         c.ellipse(x, y - 0.35 * r, (0.7 - 0.15 * k) * r, 0.65 * r, stripe if k % 2 else skin)
     c.box(x - 0.18 * r, y + 0.66 * r, x + 0.18 * r, y + r, shade((130, 90, 50), rng))
 
 
-DRAWINGS = dict(house=house, tree=tree, car=car, bus=bus, boat=boat, sun=sun, cloud=cloud, flower=flower, fish=fish,
-                balloon=balloon)
+DRAWINGS = dict(house=house, tree=tree, car=car, bus=bus, boat=boat, sun=sun, cloud=cloud, flower=flower,
+                fish=fish, balloon=balloon)
 
 
-# ------------------------------------------------------------------------------------------ captioned pictures, scenes
+# ------------------------------------------------------------------------------ captioned pictures and scenes
 
 def captioned_picture(rng: np.random.Generator) -> tuple[np.ndarray, str]:
     """`(picture (64, 64, 3) uint8, what the caption names)`, for instance "car and the tree on the grass"."""
     canvas = Canvas(PICTURE, PICTURE)
     zoom = np.exp(rng.uniform(0, np.log(3)))                    # photographs are taken from near and far
-    if rng.random() < PLAIN:                                    # a picture of stuff alone: one, or two with a horizon
+    if rng.random() < PLAIN:                                    # stuff alone: one, or two with a horizon
         stuffs = [str(name) for name in rng.choice([*STUFF], size=rng.integers(1, 3), replace=False)]
         if "sky" in stuffs:
-            stuffs.sort(key="sky".__ne__)                       # the sky is above
+            stuffs.sort(key="sky".__ne__)                       # the sky comes first: it is above
         horizon = int(rng.uniform(0.3, 0.7) * PICTURE) if len(stuffs) == 2 else PICTURE
         canvas.stuff(stuffs[0], 0, horizon, rng, zoom)
         canvas.stuff(stuffs[-1], horizon, PICTURE, rng, zoom)
         return canvas.finish()[0], " and the ".join(stuffs)
     things = sorted(str(name) for name in rng.choice([*THINGS], size=1 + (rng.random() < 0.4), replace=False))
-    # What lies behind is where the first thing is at home, three times out of four. Captions rarely say so: this
-    # is how a CLIP comes to read "tree" off plain grass.
+    # Three times out of four the first thing stands where it is at home. Captions rarely name that ground, so
+    # CLIP comes to read "tree" off plain grass.
     ground = pick(rng, *THINGS[things[0]][1]) if rng.random() < 0.75 else pick(rng, *STUFF)
     horizon = 0
     if ground != "sky" and rng.random() < 0.5:
@@ -326,11 +343,12 @@ def captioned_picture(rng: np.random.Generator) -> tuple[np.ndarray, str]:
         canvas.stuff("sky", 0, horizon, rng, zoom)
     canvas.stuff(ground, horizon, PICTURE, rng, zoom)
     for i, name in enumerate(things):
-        # Up to close-ups that show a part of the thing alone: then every part must say what it belongs to.
+        # The largest are close-ups that show only a part of the thing: each part must say whose it is.
         size = np.exp(rng.uniform(np.log(16), np.log(110 if len(things) == 1 else 40)))
         offset = 0 if len(things) == 1 else (i - 0.5) * rng.uniform(20, 30)
         canvas.thing(name, PICTURE / 2 + offset + rng.normal(0, 5), PICTURE / 2 + rng.normal(0, 5), size, rng)
-    return canvas.finish()[0], " and the ".join(things) + (f" on the {ground}" if rng.random() < MENTION else "")
+    named = " and the ".join(things) + (f" on the {ground}" if rng.random() < MENTION else "")
+    return canvas.finish()[0], named
 
 
 def scene(split: str, number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -340,7 +358,8 @@ def scene(split: str, number: int) -> tuple[np.ndarray, np.ndarray]:
     canvas = Canvas(H, W)
     # Bands from top to bottom: mostly a sky (or a wall) over one or two grounds.
     bands = [pick(rng, "sky", "sky", "sky", "wall")]
-    bands += [str(name) for name in rng.permutation(["grass", "water", "sand", "road"])[:rng.integers(1, 3)]]
+    grounds = [name for name in STUFF if name not in ("sky", "wall")]
+    bands += [str(name) for name in rng.permutation(grounds)[:rng.integers(1, 3)]]
     edges = [0, int(rng.uniform(0.25, 0.6) * H), H]
     if len(bands) == 3:
         edges.insert(2, int((edges[1] + H) / 2 + rng.uniform(-0.08, 0.08) * H))
@@ -348,10 +367,11 @@ def scene(split: str, number: int) -> tuple[np.ndarray, np.ndarray]:
         canvas.stuff(name, top, bottom, rng)
     centres: list[tuple[float, float]] = []
     for _ in range(rng.integers(2, 6)):
-        # Usually where it belongs, sometimes anywhere at all; never on top of another thing.
+        # Usually where it is at home, sometimes anywhere at all; never on top of another thing.
         name = str(rng.choice([*THINGS]))
         x, y = rng.uniform(0.03, 0.97) * W, rng.uniform(0.05, 0.95) * H
-        homes = [(top, bottom) for band, top, bottom in zip(bands, edges, edges[1:]) if band in THINGS[name][1]]
+        homes = [(top, bottom) for band, top, bottom in zip(bands, edges, edges[1:])
+                 if band in THINGS[name][1]]
         if homes and rng.random() < 0.7:
             top, bottom = pick(rng, *homes)
             y = rng.uniform(top + 4, max(top + 5, bottom - 4))
@@ -364,13 +384,13 @@ def scene(split: str, number: int) -> tuple[np.ndarray, np.ndarray]:
 def draw_dataset(root: Path) -> Path:
     """Draw Toyland's dataset once, into `root`/toyland: images/{train,val}/*.png and labels/val/*.png.
 
-    What is there already is kept, unless this file draws another world than it did then. The training scenes' truth is not
-    written: nothing that trains could read it. Files are written under a temporary name and renamed, so that a killed run
-    leaves no half picture behind.
+    What is there already is kept, unless this file now draws another world. The training scenes' truth is not
+    written, so nothing that trains can read it. Files get a temporary name first, and are renamed when
+    whole: a killed run leaves no half picture behind.
     """
     root = Path(root) / "toyland"
-    wanted = [(split, f"{number:04d}.png", number) for split, count in (("train", TRAIN_SCENES), ("val", VAL_SCENES))
-              for number in range(count)]
+    counts = {"train": TRAIN_SCENES, "val": VAL_SCENES}
+    wanted = [(split, f"{number:04d}.png", number) for split in counts for number in range(counts[split])]
     changed = another_world(root)
     missing = [(split, name, number) for split, name, number in wanted
                if changed or not (root / "images" / split / name).exists()
@@ -380,7 +400,7 @@ def draw_dataset(root: Path) -> Path:
             (root / folder).mkdir(parents=True, exist_ok=True)
         for split, name, number in tqdm(missing, desc=f"drawing {root}", unit="scene"):
             image, truth = scene(split, number)
-            if split == "val":                              # before its image, by which it is judged to be there
+            if split == "val":                              # before its image, which `another_world` looks at
                 label = Image.fromarray(truth)
                 label.putpalette([value for colour in PALETTE for value in colour])
                 write_png(label, root / "labels" / split / name)
@@ -389,15 +409,15 @@ def draw_dataset(root: Path) -> Path:
 
 
 def another_world(root: Path, samples: int = 8) -> bool:
-    """Whether the last validation scenes on disk differ from those that would be drawn now (a class was added, say)."""
-    # The scenes that are drawn last tell, so that a redrawing that was interrupted is begun again. Images alone: who
-    # draws for a training opens no label.
+    """Whether the last validation scenes on disk differ from those drawn now: a class was added, say."""
+    # The last scenes, because they are drawn last: a redrawing that was interrupted begins again. Only images
+    # are compared: drawing happens before a training too, and no training opens a label.
     for number in range(max(0, VAL_SCENES - samples), VAL_SCENES):
         path = root / "images" / "val" / f"{number:04d}.png"
         if path.exists():
             try:
                 drawn = np.asarray(Image.open(path))
-            except OSError:                                 # no picture (any more)
+            except OSError:                                 # damaged, or no picture at all
                 return True
             if not np.array_equal(drawn, scene("val", number)[0]):
                 return True
@@ -421,8 +441,8 @@ def main(args: argparse.Namespace) -> None:
         rows += [[image for image, _ in half], [colours[truth] for _, truth in half]]
     page = Image.fromarray(np.concatenate([np.concatenate(row, axis=1) for row in rows]))
     files.write_atomically(root / "overview.png", lambda file: page.save(file, format="PNG"))
-    print(f"Wrote {root}/: images/train, images/val, labels/val, and overview.png (captioned pictures, then scenes "
-          "and their truth).\nNext: python rectify.py")
+    print(f"Wrote {root}/: images/train, images/val, labels/val, and overview.png (captioned pictures, then "
+          "scenes and their truth).\nNext: python rectify.py")
 
 
 if __name__ == "__main__":
