@@ -10,7 +10,7 @@ One image's way to the loss (VOC's recipe, ViT-B/16):
     a training image data.py  augmentation                 (3, 336, 336), CLIP's mean and std
     a batch          data.py  training_batches             (B, 3, 336, 336), ids
     features Z       clip/model.py  encode_dense           (B, 512, 21, 21), unit vectors
-    its hypothesis H rectify.py  count_votes, Eq. 6        (B, 20), from 121 windows of the image, counted once
+    its hypothesis H rectify.py  count_votes, Eq. 6        (B, 20), from 121 windows of it, counted once
     M_q, M, M_o      rectify.py  train_step, Eq. 1 to 4    (B, 20, 21, 21)
     masks            Eq. 5                                 (B, 20, 21, 21), one 1 a patch
     the loss         Eq. 7                                 a number

@@ -254,8 +254,10 @@ def train_step(student: Student, teacher_features: Tensor, teacher_logits: Tenso
 
     mask = mask_loss(resized(logits, size), pseudo_label)                           # L_mask             Eq. 8
     feature = feature_loss(resized(features, size), teacher_features)               # L_feat             Eq. 9
-    text = text_loss(features, masks, student.head.query, hypothesis, teacher_recipe.loss_scale, loss)   # L_text
-    total = total_loss(mask, feature, text, recipe.feature_weight, recipe.text_weight)  #                Eq. 10
+    # L_text
+    text = text_loss(features, masks, student.head.query, hypothesis, teacher_recipe.loss_scale, loss)
+    #                Eq. 10
+    total = total_loss(mask, feature, text, recipe.feature_weight, recipe.text_weight)
     return {"loss": total, "mask": mask, "feature": feature, "text": text}
 
 
@@ -289,7 +291,7 @@ def build_student(setup: data.Setup, rectifier: Rectifier, query: Tensor, recipe
     return Student(recipe.backbone, head, pretrained).to(setup.device)
 
 
-SETTINGS = runs.SETTINGS | {"teacher": int, "teacher_recipe": dict}         # what a student's checkpoint knows
+SETTINGS = runs.SETTINGS | {"teacher": int, "teacher_recipe": dict}        # what a student's checkpoint knows
 
 
 def load_student(setup: data.Setup, query: Tensor, system: System) -> tuple[Recipe, Student]:

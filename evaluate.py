@@ -324,7 +324,8 @@ def measure(setup: data.Setup, found: dict[str, Predictor], labels: dict[str, Pa
         if smoothing > 0 and stage != "distill":
             refinements["key_smoothing"] = smoothing
         measured_as = fingerprint(setup, stage, predictor, len(labels)) | {"refinements": refinements}
-        metrics[stage] = measures(confusion[stage].cpu(), setup.vocabulary.names) | {"fingerprint": measured_as}
+        metrics[stage] = measures(confusion[stage].cpu(),
+                                  setup.vocabulary.names) | {"fingerprint": measured_as}
     return metrics
 
 
@@ -334,7 +335,8 @@ def fingerprint(setup: data.Setup, stage: str, predictor: Predictor, images: int
     return {"stage": stage, "system": predictor.system, "data": setup.data, "images": images,
             "of": len(setup.validation_images),
             "classes": setup.vocabulary.names, "short_side": predictor.short_side,
-            "precision": setup.precision, "clip": setup.fingerprint, "dense_path": stage_1_recipe(setup).dense_path,
+            "precision": setup.precision, "clip": setup.fingerprint,
+            "dense_path": stage_1_recipe(setup).dense_path,
             "weights": sha256(checkpoint)[:16] if checkpoint.exists() else None}
 
 
@@ -366,8 +368,8 @@ def print_table(metrics: dict, per_class: bool = False) -> None:
     sides = " and ".join(map(str, sorted({one["short_side"] for one in prints})))
     smoothing = prints[0]["refinements"].get("key_smoothing")
     part = f" of {prints[0]['of']}" if prints[0]["of"] != prints[0]["images"] else ""
-    print(f"\n{prints[0]['data']}: {prints[0]['images']}{part} images, {len(prints[0]['classes'])} classes, short "
-          f"side {sides}, prompt denoising {prints[0]['refinements']['prompt_denoising'] or 'off'}, "
+    print(f"\n{prints[0]['data']}: {prints[0]['images']}{part} images, {len(prints[0]['classes'])} classes, "
+          f"short side {sides}, prompt denoising {prints[0]['refinements']['prompt_denoising'] or 'off'}, "
           + (f"key smoothing {smoothing}, " if smoothing else "") + prints[0]["precision"])
     titles = {stage: title(stage, one["system"]) for stage, one in zip(metrics, prints)}
     width = max(20, *map(len, titles.values())) + 2
@@ -492,8 +494,8 @@ def main(args: argparse.Namespace, system: distill.System = ReCLIPpp) -> dict:
     if is_folder(setup.data):
         ground_truth.refuse_binary_masks(labels, len(setup.vocabulary))
         if turned := image_files.turned(setup.validation_images):
-            print(f"{turned} of {len(setup.validation_images)} photographs are turned by their EXIF orientation. Labels "
-                  "are taken as upright, as a viewer shows the photograph.")
+            print(f"{turned} of {len(setup.validation_images)} photographs are turned by their EXIF "
+                  "orientation. Labels are taken as upright, as a viewer shows the photograph.")
     for stage in ("rectify", "distill"):
         if not (setup.folder(stage) / "checkpoint.pt").exists():
             print(f"No checkpoint of {stage} in {setup.folder(stage)}: left out. Make it with: python "

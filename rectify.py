@@ -373,7 +373,8 @@ class System:
 
 
 def recipe_of(setup: data.Setup, system: System) -> Recipe:
-    """The recipe of a run. The end token of the longest class name is never lost: the learned context gives way."""
+    """The recipe of a run. The end token of the longest class name is never lost: the learned context gives
+    way."""
     recipe = data.recipe_for(setup, RECIPES, system.numbers)
     room = setup.clip_model.prompt_room(setup.vocabulary.names)
     return replace(recipe, prompt_length=min(room, recipe.prompt_length))

@@ -219,7 +219,8 @@ class Segmenter:
                 "before": "resize the image (bilinear, antialiased) so that its shorter side has short_side "
                           "pixels and no side more than longest_side; round both sides to a multiple of "
                           "`multiple`; RGB, 0 to 1",
-                "after": "resize the logits (bilinear, align_corners=False) to the image's own size; argmax over "
+                "after": "resize the logits (bilinear, align_corners=False) to the image's own size; argmax "
+                         "over "
                          "dim 1"}
 
 

@@ -1,13 +1,13 @@
 """Datasets: what they are called, where their files lie, what their labels mean.
 
-    *.json        one description a dataset: its tree, its classes, the values in its label files. Data, no code
+    *.json        one description a dataset: its tree, its classes, the values in its label files. No code
     images.py     which images there are, and how a file becomes an RGB picture       training and measuring
     words.py      class lists and the sentences around them                           training and measuring
     labels.py     the one reader of labels                                            measuring alone
     check.py      looks a dataset through: python datasets/check.py --data voc
 
-A description that is dropped into this folder adds a dataset; README.md says how. This file reads descriptions, never
-an image or a label.
+A description that is dropped into this folder adds a dataset; README.md says how. This file reads
+descriptions, never an image or a label.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ IGNORE = 255                                # a label value, and a class, that n
 
 @dataclass(frozen=True)
 class Dataset:
-    """One dataset as people have it on disk. In patterns {split} is the split's folder or list, {id} any image."""
+    """One dataset as people have it on disk. In patterns {split} is the split's folder or list, {id} any
+    image."""
     title: str
-    places: list[str]                   # under --root; the first that holds images is taken, "" is --root itself
+    places: list[str]                # under --root; the first that holds images is taken, "" is --root itself
     tree: str                           # as error messages show it
     archive: str                        # what to unpack
     page: str                           # of the project that gives it out
@@ -34,10 +35,10 @@ class Dataset:
     splits: dict[str, str]              # what {split} stands for in them
     images: str
     labels: dict[str, str]              # for evaluation alone: encoding → pattern, the preferred one first
-    classes: list[dict]                 # name (as prompts say it), colour, and for each encoding its label values
+    classes: list[dict]             # name (as prompts say it), colour, and for each encoding its label values
     ignored: dict[str, list[int]]       # for each encoding the label values that no measure counts
     lists: str = ""                     # a file of ids for each split; "": a split is all images that fit
-    curated: str = ""                   # lists that narrow a split down where such a file lies in the tree, and
+    curated: str = ""                 # lists that narrow a split down where such a file lies in the tree, and
     curated_counts: dict[str, int] = field(default_factory=dict)    # how many images are then left
     palette_is_official: bool = False   # label files carry the classes' colours as their palette
     other_values: str = ""              # said of a label value that is neither a class's nor ignored
@@ -52,13 +53,15 @@ class Dataset:
         return [tuple(one["colour"]) for one in self.classes]
 
     def label_values(self, encoding: str) -> tuple[dict[int, int], list[int]]:
-        """For evaluation alone: what the values of a label file mean, value → class, and which are ignored."""
+        """For evaluation alone: what the values of a label file mean, value → class, and which are
+        ignored."""
         return ({value: number for number, one in enumerate(self.classes) for value in one[encoding]},
                 self.ignored[encoding])
 
 
 def described(path: Path) -> Dataset:
-    """The dataset of a JSON file. {"like": NAME, …} takes what it does not say from NAME.json. Raises ValueError."""
+    """The dataset of a JSON file. {"like": NAME, …} takes what it does not say from NAME.json. Raises
+    ValueError."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if "like" in content:
@@ -73,8 +76,8 @@ def described(path: Path) -> Dataset:
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         needed = [one.name for one in dataclasses.fields(Dataset) if one.default is dataclasses.MISSING
                   and one.default_factory is dataclasses.MISSING]
-        raise ValueError(f"{path}: expected a dataset's description with {', '.join(needed)}, as voc.json has them; "
-                         f"found: {error}") from error
+        raise ValueError(f"{path}: expected a dataset's description with {', '.join(needed)}, as voc.json "
+                         f"has them; found: {error}") from error
     return dataset
 
 

@@ -1,13 +1,13 @@
 """Look a dataset through before anything is trained on it: is all there, can it be read, do the labels fit?
 
-    python datasets/check.py --data ade --root DIR      decodes every image, and every label that evaluation would open
+    python datasets/check.py --data ade --root DIR      decodes every image, and every label that is measured
     python datasets/check.py --data coco --quick        counts everything, decodes a sample
     python datasets/check.py --data photos --classes names.txt --labels photo_labels
 
 Says what is wrong and how to mend it; changes no file. Exit code 0: all is well, 2: something must be mended.
 
-It opens labels, as evaluation does, and is therefore imported by no other script: what it finds can reach no training.
-Labels of training images are counted, not opened.
+It opens labels, as evaluation does, and is therefore imported by no other script: what it finds can reach no
+training. Labels of training images are counted, not opened.
 
     H,W pixels
 """
@@ -28,8 +28,8 @@ from harness import flags as common
 def flags() -> argparse.ArgumentParser:
     parser = common.plain_parser(__doc__)
     parser.add_argument("--data", type=common.path, metavar="NAME|FOLDER", default="toyland",
-                        help="toyland, voc, context, ade, cityscapes, coco, context-voc-first (all that this folder describes), or a "
-                             "folder of your own images (default: toyland)")
+                        help="toyland, voc, context, ade, cityscapes, coco, context-voc-first (all that "
+                             "this folder describes), or a folder of your own images (default: toyland)")
     parser.add_argument("--root", type=common.path, metavar="DIR", default="data",
                         help="where datasets lie (default: data)")
     parser.add_argument("--classes", type=common.path, metavar="FILE",
@@ -87,7 +87,8 @@ def splits_of(name: str, root: str, labels: str | None) -> tuple[dict, dict, lis
 
 
 def wrong_counts(name: str, root: str, images: dict, labels: dict) -> list[str]:
-    """Splits with another number of images than the dataset is given out with, or that share an image; missing labels."""
+    """Splits with another number of images than the dataset is given out with, or that share an image;
+    missing labels."""
     problems = []
     for split in images:
         if name in DATASETS:
@@ -95,20 +96,23 @@ def wrong_counts(name: str, root: str, images: dict, labels: dict) -> list[str]:
             expected = (dataset.curated_counts if dataset.curated and used else dataset.counts)[split]
             if len(images[split]) != expected:
                 problems.append(f"{split}: expected {expected} images{f' in {used}' if used else ''}, found "
-                                f"{len(images[split])}. Unpack again: {dataset.archive}. (A part on purpose can be trained "
-                                "on and measured, but its numbers stand beside nobody's.)")
+                                f"{len(images[split])}. Unpack again: {dataset.archive}. (A part on purpose "
+                                "can be trained on and measured, but its numbers stand beside nobody's.)")
         without = [image for image in images[split] if image not in labels.get(split, {})]
         if split != "train" and labels.get(split) and without:
-            problems.append(f"{split}: expected a label for each of {len(images[split])} images, found none for "
-                            f"{len(without)} ({some(without)}). Unpack the labels again, else evaluate.py measures the "
-                            "other images alone.")
+            problems.append(f"{split}: expected a label for each of {len(images[split])} images, found none "
+                            f"for {len(without)} ({some(without)}). Unpack the labels again, else "
+                            "evaluate.py measures the other images alone.")
         if split != "train" and name in DATASETS and not labels[split]:
-            pattern = " or ".join(DATASETS[name].labels.values()).replace("{split}", DATASETS[name].splits[split])
-            problems.append(f"{split}: expected labels {pattern}, found none. Training needs none; evaluate.py does. "
-                            f"Unpack: {DATASETS[name].archive}.")
-    train, val = images.get("train", {}), images.get("val", {})           # Toyland counts each split from 0000
-    if both := [image for image in val if image in train and filecmp.cmp(train[image], val[image], shallow=False)]:
-        problems.append(f"expected no image in both splits, found {len(both)} ({some(both)}). Mend the lists.")
+            pattern = " or ".join(DATASETS[name].labels.values()).replace("{split}",
+                                                                          DATASETS[name].splits[split])
+            problems.append(f"{split}: expected labels {pattern}, found none. Training needs none; "
+                            f"evaluate.py does. Unpack: {DATASETS[name].archive}.")
+    train, val = images.get("train", {}), images.get("val", {})          # Toyland counts each split from 0000
+    if both := [image for image in val if image in train
+                and filecmp.cmp(train[image], val[image], shallow=False)]:
+        problems.append(f"expected no image in both splits, found {len(both)} ({some(both)}). Mend the "
+                        "lists.")
     return problems
 
 
@@ -122,15 +126,17 @@ def labels_without_images(name: str, root: str, images: dict, labels_folder: str
                  for pattern, of_images in sorted(seen)]
     elif labels_folder is not None:
         problems = []
-        pairs = [(Path(labels_folder, "{id}.png"), images_of.fitting(Path(labels_folder), "{id}.png"), images["all"])]
+        pairs = [(Path(labels_folder, "{id}.png"), images_of.fitting(Path(labels_folder), "{id}.png"),
+                  images["all"])]
     else:
         return []
     for pattern, labels, known in pairs:
-        # A conversion that lies beside its source (<id>_labelTrainIds.png) belongs to an image too, and is passed over.
+        # A conversion that lies beside its source (<id>_labelTrainIds.png) belongs to an image too, and is
+        # passed over.
         alone = [label for label in labels if label not in known and label.rpartition("_")[0] not in known]
         if alone:
-            problems.append(f"{pattern}: expected an image for each label, found none for {len(alone)} ({some(alone)}). "
-                            "Unpack the images again, or remove these labels.")
+            problems.append(f"{pattern}: expected an image for each label, found none for {len(alone)} "
+                            f"({some(alone)}). Unpack the images again, or remove these labels.")
     return problems
 
 
@@ -140,20 +146,23 @@ def other_class_order(name: str, root: str) -> list[str]:
     if path is None or not path.is_file():
         return []
     rows = [line.split("\t") for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
-    official = {int(row[0]): [part.strip() for part in row[-1].split(",")] for row in rows if row[0].strip().isdecimal()}
+    official = {int(row[0]): [part.strip() for part in row[-1].split(",")] for row in rows
+                if row[0].strip().isdecimal()}
     for number, ours in enumerate(DATASETS["ade"].names, start=1):
         if ours not in official.get(number, []):
             found = ", ".join(official.get(number, ["no such line"]))
-            return [f"{path}: expected class {number} to be {ours}, found {found}. This is not ADEChallengeData2016, or not "
+            return [f"{path}: expected class {number} to be {ours}, found {found}. This is not "
+                    "ADEChallengeData2016, or not "
                     "its order of classes: unpack that archive."]
     return []
 
 
-# ------------------------------------------------------------------------------------------ what is in the files
+# --------------------------------------------------------------------------------------- what is in the files
 
 
 def look_at(image: Path, label: Path | None, read_label) -> tuple[str | None, np.ndarray | None]:
-    """Decode an image and, where there is one, its label: what is wrong, and the pixels of each class, (256,) int64."""
+    """Decode an image and, where there is one, its label: what is wrong, and the pixels of each class, (256,)
+    int64."""
     try:
         picture = images_of.read_image(image)
         if label is None:
@@ -166,7 +175,8 @@ def look_at(image: Path, label: Path | None, read_label) -> tuple[str | None, np
 
 def look_at_all(split: str, images: dict[str, Path], labels: dict[str, Path], read_label,
                 workers: int) -> tuple[list[str], np.ndarray]:
-    """All of a split, in threads (decoding leaves Python's lock): the faults, and (labels, 256) pixels of each class."""
+    """All of a split, in threads (decoding leaves Python's lock): the faults, and (labels, 256) pixels of
+    each class."""
     faults, counts = [], [np.zeros((0, 256), dtype=np.int64)]
     pool = ThreadPoolExecutor(max_workers=max(1, workers))
     try:
@@ -192,7 +202,7 @@ def print_classes(names: list[str], counts: np.ndarray) -> None:
         print(f"In none of these {len(counts)} labels: {', '.join(never)}")
 
 
-MUCH = 0.2                                  # share of ignored pixels from which a class without any is suspicious
+MUCH = 0.2                              # share of ignored pixels from which a class without any is suspicious
 
 
 def own_labels(images: dict[str, Path], labels: dict[str, Path], names: list[str],
@@ -202,20 +212,23 @@ def own_labels(images: dict[str, Path], labels: dict[str, Path], names: list[str
     never = [name for number, name in enumerate(names) if not pixels[number]]
     unknown, problems = [], []
     if turned := images_of.turned(images):
-        unknown.append(f"{turned} of {len(images)} photographs are turned by their EXIF orientation. Labels are taken as "
-                       "upright, as a viewer shows the photograph; whether they were drawn so shows in no file.")
-    unknown.append("which value is which class: nothing in the files says it. They are read in the order of --classes, "
-                   f"0 is {names[0]}.")
+        unknown.append(f"{turned} of {len(images)} photographs are turned by their EXIF orientation. Labels "
+                       "are taken as upright, as a viewer shows the photograph; whether they were drawn so "
+                       "shows in no file.")
+    unknown.append("which value is which class: nothing in the files says it. They are read in the order of "
+                   f"--classes, 0 is {names[0]}.")
     try:
         ground_truth.refuse_binary_masks(labels, len(names))
     except ValueError as error:
         problems.append(str(error))
     ignored = pixels[IGNORE] / max(1, pixels.sum())
     if never and ignored > MUCH and not problems:
-        problems.append(f"expected pixels of every class, or few that are ignored; found none of {some(never)}, and "
-                        f"{ignored:.0%} of all pixels ignored (255). Does 255 stand for a class?")
+        problems.append("expected pixels of every class, or few that are ignored; found none of "
+                        f"{some(never)}, and {ignored:.0%} of all pixels ignored (255). Does 255 stand for a "
+                        "class?")
     elif never:
-        unknown.append(f"whether {some(never)} should occur: no label has a pixel of {'it' if len(never) == 1 else 'them'}.")
+        unknown.append(f"whether {some(never)} should occur: no label has a pixel of "
+                       f"{'it' if len(never) == 1 else 'them'}.")
     return unknown, problems
 
 
@@ -227,8 +240,10 @@ def print_both_orders(name: str, counts: np.ndarray, most: int = 8) -> None:
     print("\nThe commonest classes in either order. Photographs show more sky and grass than mice and cups:")
     for order, reader in ground_truth.context_orders().items():
         class_of, _ = DATASETS[reader].label_values(order)
-        read = sorted(((pixels[number], names[class_of[value]]) for number, value in values.items()), reverse=True)[:most]
-        shares = ", ".join(f"{other} {100 * count / max(1, pixels[:len(names)].sum()):.0f} %" for count, other in read)
+        read = sorted(((pixels[number], names[class_of[value]]) for number, value in values.items()),
+                      reverse=True)[:most]
+        shares = ", ".join(f"{other} {100 * count / max(1, pixels[:len(names)].sum()):.0f} %"
+                           for count, other in read)
         print(f"{order + (' (declared)' if reader == name else ''):24}{shares}")
 
 
@@ -267,7 +282,8 @@ def main(args: argparse.Namespace) -> list[str]:
             chosen = sorted(random.Random(args.seed).sample(list(found), SAMPLE))
             found = {image: found[image] for image in chosen}
         of_split = labels.get(split, {})
-        faults, counts = look_at_all(split, found, of_split, ground_truth.LabelReader(name, len(words)), args.workers)
+        faults, counts = look_at_all(split, found, of_split, ground_truth.LabelReader(name, len(words)),
+                                     args.workers)
         problems += faults[:SHOWN]
         if len(faults) > SHOWN:
             problems.append(f"{split}: {len(faults) - SHOWN} more files of {len(found)} have such faults.")
@@ -291,7 +307,8 @@ def main(args: argparse.Namespace) -> list[str]:
             print(f"{number:3d}. {problem}")
     else:
         given = [("--root", args.root, "data"), ("--classes", args.classes, None)]
-        repeated = "".join(f" {flag} {shlex.quote(value)}" for flag, value, default in given if value != default)
+        repeated = "".join(f" {flag} {shlex.quote(value)}" for flag, value, default in given
+                           if value != default)
         where = " in what was compared" if unknown else ""
         print(f"\nAll is well{where}{' in this sample' if args.quick else ''}. "
               f"Next: python rectify.py --data {shlex.quote(name)}{repeated}")

@@ -1,7 +1,8 @@
-"""Which images there are, and how a file becomes an RGB picture. For training and measuring; knows no label path.
+"""Which images there are, and how a file becomes an RGB picture. For training and measuring; knows no label
+path.
 
-Every listing goes through `files_below` and every name through `kind_of`, so that no mask can be taken for a photograph.
-Both look at names alone: nothing that may be a label is opened.
+Every listing goes through `files_below` and every name through `kind_of`, so that no mask can be taken for a
+photograph. Both look at names alone: nothing that may be a label is opened.
 """
 
 from __future__ import annotations
@@ -20,20 +21,25 @@ from tqdm import tqdm
 from datasets import DATASETS, is_folder
 from toyland.world import draw_dataset
 
-# Of the lists that earlier work hands out together (IIC, PiCIE, STEGO), the one that it measures 27 classes on.
+# Of the lists that earlier work hands out together (IIC, PiCIE, STEGO), the one that it measures 27 classes
+# on.
 CURATED_LIST = "Coco164kFull_Stuff_Coarse_7.txt"
 
 # ---------------------------------------------------------------------------- what a name says
 
 # Formats that Pillow opens and that hold a photograph; not icons, stubs, drawings and films.
-NO_PHOTOS = {"BUFR", "CUR", "DCX", "EPS", "FITS", "FLI", "GBR", "GRIB", "HDF5", "ICNS", "ICO", "IMT", "IPTC", "MCIDAS",
+NO_PHOTOS = {"BUFR", "CUR", "DCX", "EPS", "FITS", "FLI", "GBR", "GRIB", "HDF5", "ICNS", "ICO", "IMT", "IPTC",
+             "MCIDAS",
              "MPEG", "PCD", "PIXAR", "WMF", "XBM", "XPM", "XVTHUMB"}
-# Where exports keep masks, and how they name them (CVAT, labelme, Roboflow, VOC, ADE20K, Cityscapes, COCO-Stuff).
+# Where exports keep masks, and how they name them (CVAT, labelme, Roboflow, VOC, ADE20K, Cityscapes,
+# COCO-Stuff).
 MASK_FOLDERS = {"segmentationclass", "segmentationobject", "segmentationclassaug", "segmentationclasscontext",
-                "segmentationclasspng", "segmentationclassvisualization", "segmentationobjectpng", "masks", "mask",
+                "segmentationclasspng", "segmentationclassvisualization", "segmentationobjectpng", "masks",
+                "mask",
                 "labels", "label", "annotations", "annotation", "gt", "gtfine", "gtcoarse", "groundtruth",
                 "ground_truth", "truth", "stuffthingmaps", "segmentations", "seg"}
-MASK_NAME = re.compile(r"([_.-](masks?|seg(mentation)?|parts_\d+|labels?|label\w*ids|gt|gt(fine|coarse)_\w+|groundtruth|"
+MASK_NAME = re.compile(r"([_.-](masks?|seg(mentation)?|parts_\d+|labels?|label\w*ids|gt|"
+                       r"gt(fine|coarse)_\w+|groundtruth|"
                        r"instanceids|color_mask|instance_?mask)|^instance_\d+_.*)$", re.IGNORECASE)
 LOSSY = {".jpg", ".jpeg", ".jpe", ".jfif"}              # what cameras write, and what no mask is kept in
 
@@ -55,12 +61,14 @@ def kind_of(path: Path) -> str:
 
 
 def same_name(name: str) -> str:
-    """What two spellings of a file name have in common: not letter case, nor how an accent is put together."""
+    """What two spellings of a file name have in common: not letter case, nor how an accent is put
+    together."""
     return unicodedata.normalize("NFC", name).casefold()
 
 
 def files_below(folder: Path) -> list[Path]:
-    """All files under a folder, relative to it, sorted; through linked folders too, each folder once. No hidden ones."""
+    """All files under a folder, relative to it, sorted; through linked folders too, each folder once. No
+    hidden ones."""
     found, seen = [], set()
     for place, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
@@ -99,22 +107,23 @@ def images_in(folder: Path) -> dict[str, Path]:
     for path, kind in kinds.items():
         if kind == "image" and path.suffix.lower() in LOSSY:
             cameras.setdefault(same_name(path.stem), set()).add(path.parent)
-    for path, kind in kinds.items():                    # 0001.png beside pictures/0001.jpg: a mask of that photograph
+    for path, kind in kinds.items():            # 0001.png beside pictures/0001.jpg: a mask of that photograph
         twins = cameras.get(same_name(path.stem), {path.parent})
         if kind == "image" and path.suffix.lower() not in LOSSY and path.parent not in twins:
             kinds[path] = "mask"
     photos = [path for path, kind in kinds.items() if kind == "image"]
     said = left_out(kinds)
     if not photos:
-        raise ValueError(f"--data {folder}: expected photographs (.jpg, .png, … what Pillow reads) in this folder, found "
+        raise ValueError(f"--data {folder}: expected photographs (.jpg, .png, …) in this folder, found "
                          f"none. {said}".strip())
     found: dict[str, Path] = {}
     for path in photos:
         name = path.with_suffix("").as_posix()
         if name in found:
-            raise ValueError(f"--data {folder}: expected every name once, since results are kept by name; found "
-                             f"{found[name].name} and {path.name}, which differ only in their suffix. Rename one, or "
-                             "keep masks in a folder of their own and name it to evaluate.py --labels.")
+            raise ValueError(f"--data {folder}: expected every name once, since results are kept by name; "
+                             f"found {found[name].name} and {path.name}, which differ only in their suffix. "
+                             "Rename one, or keep masks in a folder of their own and name it to evaluate.py "
+                             "--labels.")
         found[name] = folder / path
     if said:
         print(f"{folder}: {len(found)} photographs. {said}")
@@ -125,8 +134,8 @@ def left_out(kinds: dict[Path, str]) -> str:
     """What a listing passed over, in a sentence; "" if nothing."""
     masks = [str(path) for path, kind in kinds.items() if kind == "mask"]
     counts = Counter(kind for kind in kinds.values() if kind not in ("image", "mask"))
-    parts = [f"{len(masks)} masks, as their names say ({', '.join(masks[:2])}{', …' if len(masks) > 2 else ''})"] \
-        if masks else []
+    more = ", …" if len(masks) > 2 else ""
+    parts = [f"{len(masks)} masks, as their names say ({', '.join(masks[:2])}{more})"] if masks else []
     parts += [f"{count} {kind}{' (convert to JPEG)' if kind in ('.heic', '.heif') else ''}"
               for kind, count in sorted(counts.items())]
     return f"Left out: {', '.join(parts)}." if parts else ""
@@ -135,8 +144,8 @@ def left_out(kinds: dict[Path, str]) -> str:
 def refuse_missing_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise FileNotFoundError(f"--data {folder}: expected toyland, voc, or a folder of images (also known: "
-                                f"{', '.join(name for name in DATASETS if name not in ('toyland', 'voc'))}); found no "
-                                "folder of that name.")
+                                f"{', '.join(name for name in DATASETS if name not in ('toyland', 'voc'))}); "
+                                "found no folder of that name.")
 
 
 # ---------------------------------------------------------------------------- a dataset
@@ -148,7 +157,8 @@ def training_images(data: str, root: str) -> dict[str, Path]:
 
 
 def validation_images(data: str, root: str) -> dict[str, Path]:
-    """The images that results are measured or shown on: id → path. A folder of your own: all of its images."""
+    """The images that results are measured or shown on: id → path. A folder of your own: all of its
+    images."""
     return images_in(Path(data)) if is_folder(data) else image_files(data, root, "val")
 
 
@@ -159,12 +169,15 @@ def stamps_of(images: dict[str, Path]) -> list[tuple[str, int, int]]:
 
 def how_to_get(name: str) -> str:
     dataset = DATASETS[name]
-    fetch = "Add --download to fetch it (1.9 GB), or unpack" if name == "voc" else "It cannot be fetched here: unpack"
+    fetch = "It cannot be fetched here: unpack"
+    if name == "voc":
+        fetch = "Add --download to fetch it (1.9 GB), or unpack"
     return f"{fetch} {dataset.archive} ({dataset.page}), or point --root at your copy."
 
 
 def find(name: str, root: str) -> Path:
-    """The folder under `root` where the dataset's tree begins. Raises FileNotFoundError, saying what to get where."""
+    """The folder under `root` where the dataset's tree begins. Raises FileNotFoundError, saying what to get
+    where."""
     dataset = DATASETS[name]
     folders = dict.fromkeys(dataset.images.replace("{split}", split).split("{id}")[0].rstrip("/")
                             for split in dataset.splits.values())
@@ -172,12 +185,13 @@ def find(name: str, root: str) -> Path:
     for base in tried:
         if any((base / folder).is_dir() for folder in folders):
             return base
-    raise FileNotFoundError(f"--data {name}: expected {dataset.tree} under {root}; found no {' or '.join(folders)} in "
-                            f"{', '.join(map(str, tried))}. {how_to_get(name)}")
+    raise FileNotFoundError(f"--data {name}: expected {dataset.tree} under {root}; found no "
+                            f"{' or '.join(folders)} in {', '.join(map(str, tried))}. {how_to_get(name)}")
 
 
 def image_files(name: str, root: str, split: str) -> dict[str, Path]:
-    """The images of the split "train" or "val": id → path, sorted by id. Raises FileNotFoundError, ValueError."""
+    """The images of the split "train" or "val": id → path, sorted by id. Raises FileNotFoundError,
+    ValueError."""
     if name == "toyland":
         draw_dataset(Path(root))
     dataset, base = DATASETS[name], find(name, root)
@@ -186,8 +200,8 @@ def image_files(name: str, root: str, split: str) -> dict[str, Path]:
         return listed(path, base, pattern, dataset.tree)
     found = fitting(base, pattern)
     if not found:
-        raise FileNotFoundError(f"--data {name}: expected images {base / pattern.replace('{id}', '*')}, found none. "
-                                f"The tree should be {dataset.tree}. {how_to_get(name)}")
+        raise FileNotFoundError(f"--data {name}: expected images {base / pattern.replace('{id}', '*')}, "
+                                f"found none. The tree should be {dataset.tree}. {how_to_get(name)}")
     return found
 
 
@@ -201,40 +215,45 @@ def list_of(name: str, base: Path, split: str) -> Path | None:
     found = sorted(base.glob(dataset.curated.replace("{split}", dataset.splits[split])))
     chosen = [path for path in found if path.name == CURATED_LIST] or found
     if len(chosen) > 1:
-        raise ValueError(f"{chosen[0].parent}: expected one list of images, or {CURATED_LIST} among them, found "
-                         f"{', '.join(path.name for path in chosen)}. Leave the one there that is meant.")
+        raise ValueError(f"{chosen[0].parent}: expected one list of images, or {CURATED_LIST} among them, "
+                         f"found {', '.join(path.name for path in chosen)}. Leave the one there that is "
+                         "meant.")
     return chosen[0] if chosen else None
 
 
 def fitting(base: Path, pattern: str) -> dict[str, Path]:
-    """All files under `base` that fit a pattern: id → path, sorted by id. Letter case of the ending is nothing.
+    """All files under `base` that fit a pattern: id → path, sorted by id. Letter case of the ending is
+    nothing.
 
-    An id is what stands for {id}, sub-folders and all: "leftImg8bit/val/{id}_leftImg8bit.png" gives aachen/aachen_0.
-    So it is unique, and the same in the patterns of images and of labels. In a pattern of images no mask fits.
+    An id is what stands for {id}, sub-folders and all: "leftImg8bit/val/{id}_leftImg8bit.png" gives
+    aachen/aachen_0. So it is unique, and the same in the patterns of images and of labels. In a pattern of
+    images no mask fits.
     """
     before, after = pattern.split("{id}")
     folder, of_labels = base / before, kind_of(Path(pattern)) == "mask"
     paths = [path for path in files_below(folder) if path.name.lower().endswith(after.lower())
              and (of_labels or kind_of(path) != "mask")]
-    return dict(sorted((path.as_posix()[:len(path.as_posix()) - len(after)], folder / path) for path in paths))
+    return dict(sorted((path.as_posix()[:len(path.as_posix()) - len(after)], folder / path)
+                       for path in paths))
 
 
 def listed(path: Path, base: Path, pattern: str, tree: str) -> dict[str, Path]:
     """The images that the list `path` names, one id a line. Raises naming the first that is missing."""
     if not path.is_file():
         raise FileNotFoundError(f"expected the list {path}, found none. The tree should be {tree}.")
-    lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()     # what is no text names no image
+    # what is no text names no image
+    lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     ids = sorted({line.split()[0] for line in lines if line.strip()})
     if not ids:
         raise ValueError(f"{path}: expected image ids, one a line; found an empty list.")
     if wrong := [name for name in ids if name.lower().endswith(Path(pattern).suffix.lower())]:
-        raise ValueError(f"{path}: expected ids alone, one a line (as {Path(wrong[0]).stem}); found a path or a file "
-                         f"name: {wrong[0]}. Take folders and endings away.")
+        raise ValueError(f"{path}: expected ids alone, one a line (as {Path(wrong[0]).stem}); found a path "
+                         f"or a file name: {wrong[0]}. Take folders and endings away.")
     found = {name: existing(base / pattern.replace("{id}", name)) for name in ids}
     if missing := [base / pattern.replace("{id}", name) for name, image in found.items() if image is None]:
-        raise FileNotFoundError(f"{path} names {len(ids)} images: expected all of them in {missing[0].parent}, found "
-                                f"{len(missing)} missing; the first is {missing[0]}. Unpack the archive again or mend "
-                                "the list.")
+        raise FileNotFoundError(f"{path} names {len(ids)} images: expected all of them in "
+                                f"{missing[0].parent}, found {len(missing)} missing; the first is "
+                                f"{missing[0]}. Unpack the archive again or mend the list.")
     return found
 
 
@@ -242,8 +261,8 @@ def listed(path: Path, base: Path, pattern: str, tree: str) -> dict[str, Path]:
 
 
 def read_image(path: Path) -> Image.Image:
-    """An image as RGB, as a viewer shows it: upright, and white where it is transparent. Raises ValueError naming a
-    file that cannot be read."""
+    """An image as RGB, as a viewer shows it: upright, and white where it is transparent. Raises ValueError
+    naming a file that cannot be read."""
     return to_rgb(open_image(path), path)
 
 
@@ -257,17 +276,20 @@ def open_image(path: Path) -> Image.Image:
     except FileNotFoundError:
         raise
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{path}: expected at most {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels, Pillow's limit "
-                         f"for a picture that fits into memory; found more ({error}). Scale it down.") from error
+        raise ValueError(f"{path}: expected at most {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels, "
+                         f"Pillow's limit for a picture that fits into memory; found more ({error}). Scale "
+                         "it down.") from error
     except MemoryError:
         raise
     except Exception as error:                          # Pillow raises nearly anything for a broken file
         raise ValueError(f"{path}: expected an image, found a file that cannot be read ({error}). It may be "
-                         "truncated: fetch it again, take it out of the list, or add --skip-broken.") from error
+                         "truncated: fetch it again, take it out of the list, or add "
+                         "--skip-broken.") from error
 
 
 def to_rgb(image: Image.Image, name: Path | str = "the image") -> Image.Image:
-    """Any mode → RGB. Transparent pixels become white; 16 bits are scaled to 8. Raises ValueError for other numbers."""
+    """Any mode → RGB. Transparent pixels become white; 16 bits are scaled to 8. Raises ValueError for other
+    numbers."""
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -276,8 +298,8 @@ def to_rgb(image: Image.Image, name: Path | str = "the image") -> Image.Image:
     values = np.asarray(image)
     if image.mode == "F" or image.mode == "I" and not (values.min() >= 0 and 255 < values.max() <= 65535):
         kind = "floating-point" if image.mode == "F" else "32-bit"
-        raise ValueError(f"{name}: expected 8 or 16 bits, found {kind} numbers from {values.min()} to {values.max()}: "
-                         "nothing says which of them is white. Convert it.")
+        raise ValueError(f"{name}: expected 8 or 16 bits, found {kind} numbers from {values.min()} to "
+                         f"{values.max()}: nothing says which of them is white. Convert it.")
     # 16-bit grey: Pillow's own conversion would make all above 255 white.
     return Image.fromarray((values / 257).round().astype(np.uint8)).convert("RGB")
 
@@ -300,7 +322,8 @@ def turned(images: dict[str, Path]) -> int:
 
 
 def readable(images: dict[str, Path]) -> tuple[dict[str, Path], dict[str, str]]:
-    """The images that can be decoded to their last byte, and of the others id → reason. For `--skip-broken`."""
+    """The images that can be decoded to their last byte, and of the others id → reason. For
+    `--skip-broken`."""
     broken: dict[str, str] = {}
     for name, path in tqdm(images.items(), desc="looking for broken images", unit="image"):
         try:
@@ -314,9 +337,11 @@ def readable(images: dict[str, Path]) -> tuple[dict[str, Path], dict[str, str]]:
 
 
 def download(data: str, root: str) -> None:
-    """Fetch PASCAL VOC 2012 under `root` unless it is there. Raises ValueError for the others, OSError when it fails.
+    """Fetch PASCAL VOC 2012 under `root` unless it is there. Raises ValueError for the others, OSError when
+    it fails.
 
-    The other public datasets ask for a registration or lie on slow mirrors: the error says what to unpack where.
+    The other public datasets ask for a registration or lie on slow mirrors: the error says what to unpack
+    where.
     """
     if is_folder(data):
         raise ValueError("--download: expected --data voc, the one dataset that can be fetched here; found "
@@ -328,8 +353,8 @@ def download(data: str, root: str) -> None:
         return
     except FileNotFoundError as missing:
         if data != "voc":
-            raise ValueError("--download: expected --data voc, the one dataset that can be fetched here; found "
-                             f"{data}. {missing}") from None
+            raise ValueError("--download: expected --data voc, the one dataset that can be fetched here; "
+                             f"found {data}. {missing}") from None
     from torchvision.datasets import VOCSegmentation
     try:
         VOCSegmentation(root, year="2012", image_set="train", download=True)

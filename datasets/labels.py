@@ -1,8 +1,9 @@
 """Ground truth: the one file that reads label pictures. For evaluation, after all training is done.
 
-Imported by what measures (evaluate.py, paper/, datasets/check.py), not by rectify.py, distill.py or what these import:
-what is read here can reach no training. Label files differ in what their values mean; `lookup_table` says it for each
-dataset, and a value that it lacks is an error. `LabelReader` is the one place where a file becomes classes.
+Imported by what measures (evaluate.py, paper/, datasets/check.py), not by rectify.py, distill.py or what
+these import: what is read here can reach no training. Label files differ in what their values mean;
+`lookup_table` says it for each dataset, and a value that it lacks is an error. `LabelReader` is the one place
+where a file becomes classes.
 
     C classes · H,W pixels
 """
@@ -24,8 +25,9 @@ from datasets.images import existing, files_below, find, same_name
 def true_label_files(data: str, root: str, ids: list[str], labels: str | None = None) -> dict[str, Path]:
     """id → label file of those validation images that have one. May be empty. Prints how many have none.
 
-    `labels` is the folder of index pictures that belongs to a user's own images (same names, .png). Where a public
-    dataset's labels could be read in two ways, prints which is taken; raises ValueError when that is seen to be wrong.
+    `labels` is the folder of index pictures that belongs to a user's own images (same names, .png). Where a
+    public dataset's labels could be read in two ways, prints which is taken; raises ValueError when that is
+    seen to be wrong.
     """
     if is_folder(data):
         found = labels_in(Path(labels), ids) if labels is not None else {}
@@ -39,7 +41,8 @@ def true_label_files(data: str, root: str, ids: list[str], labels: str | None = 
 
 
 def labels_in(folder: Path, ids: list[str]) -> dict[str, Path]:
-    """The index pictures of a user's folder, id → path. Letter case and the spelling of accents are nothing."""
+    """The index pictures of a user's folder, id → path. Letter case and the spelling of accents are
+    nothing."""
     if not folder.is_dir():
         raise FileNotFoundError(f"--labels {folder}: expected a folder of index pictures, found none.")
     there: dict[str, Path] = {}
@@ -47,13 +50,14 @@ def labels_in(folder: Path, ids: list[str]) -> dict[str, Path]:
         if path.suffix.lower() == ".png":
             name = same_name(path.with_suffix("").as_posix())
             if name in there:
-                raise ValueError(f"--labels {folder}: expected every name once, found {there[name]} and {path}. Remove "
-                                 "one of them.")
+                raise ValueError(f"--labels {folder}: expected every name once, found {there[name]} and "
+                                 f"{path}. Remove one of them.")
             there[name] = path
     found = {name: folder / there[same_name(name)] for name in ids if same_name(name) in there}
     if not found:
-        raise ValueError(f"--labels {folder}: expected PNG files with the images' names ({ids[0]}.png, …), found none "
-                         f"of them{f' among {len(there)}, as {next(iter(there.values()))}' if there else ''}.")
+        raise ValueError(f"--labels {folder}: expected PNG files with the images' names ({ids[0]}.png, …), "
+                         "found none of "
+                         f"them{f' among {len(there)}, as {next(iter(there.values()))}' if there else ''}.")
     return found
 
 
@@ -80,11 +84,13 @@ def endings(name: str) -> dict[str, str]:
 def lookup_table(data: str, classes: int) -> np.ndarray | dict[str, np.ndarray]:
     """Value in a label file → class, (256,) int16. 255: ignored; −1: may not occur.
 
-    Of a dataset whose label files come in several encodings (Cityscapes): one table for each end of a file's name.
+    Of a dataset whose label files come in several encodings (Cityscapes): one table for each end of a file's
+    name.
     """
     if is_folder(data):
         return table_of(dict(enumerate(range(classes))), ignored=[IGNORE])
-    tables = {end: table_of(*DATASETS[data].label_values(encoding)) for end, encoding in endings(data).items()}
+    tables = {end: table_of(*DATASETS[data].label_values(encoding))
+              for end, encoding in endings(data).items()}
     return tables if len(tables) > 1 else next(iter(tables.values()))
 
 
@@ -97,7 +103,8 @@ def table_of(class_of: dict[int, int], ignored: list[int]) -> np.ndarray:
 
 
 def labels_fit(data: str, names: list[str]) -> bool:
-    """Whether a dataset's labels can be read with these classes: a known one's speak of its own alone, in its order.
+    """Whether a dataset's labels can be read with these classes: a known one's speak of its own alone, in its
+    order.
 
     A class may go by another name ("plane"), but not by that of another class.
     """
@@ -109,9 +116,10 @@ def labels_fit(data: str, names: list[str]) -> bool:
 def refuse_other_classes(data: str, names: list[str]) -> None:
     """Raise ValueError when a known dataset's labels are to be read with classes that are not its own."""
     if not labels_fit(data, names):
-        raise ValueError(f"the labels of {data} speak of its own {len(DATASETS[data].names)} classes: expected as many, "
-                         f"in its order, found {len(names)} in --classes: {', '.join(names[:8])}, … Other classes can "
-                         "be looked at (segment.py), not measured.")
+        raise ValueError(f"the labels of {data} speak of its own {len(DATASETS[data].names)} classes: "
+                         f"expected as many, in its order, found {len(names)} in --classes: "
+                         f"{', '.join(names[:8])}, … Other classes can be looked at (segment.py), not "
+                         "measured.")
 
 
 # ---------------------------------------------------------------------------- files → classes
@@ -120,8 +128,8 @@ LOSSLESS = {"PNG", "TIFF", "BMP", "GIF", "PPM", "TGA"}      # and WebP, where it
 
 
 class LabelReader:
-    """The label files of one dataset → classes. Remembers the colour of every value: a palette that a tool has sorted
-    anew makes one value two colours, and the classes behind it others."""
+    """The label files of one dataset → classes. Remembers the colour of every value: a palette that a tool
+    has sorted anew makes one value two colours, and the classes behind it others."""
 
     def __init__(self, data: str, classes: int):
         self.data, self.table, self.colours = data, lookup_table(data, classes), {}
@@ -134,13 +142,15 @@ class LabelReader:
     def __call__(self, path: Path, size: tuple[int, int]) -> np.ndarray:
         """A label file → classes (H, W) int64.
 
-        Raises ValueError, naming the file, when a value is not in the table, the size (H, W) is not the image's, or
-        the file shows that its values mean something else.
+        Raises ValueError, naming the file, when a value is not in the table, the size (H, W) is not the
+        image's, or the file shows that its values mean something else.
         """
         table, (values, palette) = table_for(path, self.table), label_picture(path)
         if values.shape != size:
-            turned = " The sides are swapped: was the photograph turned by its EXIF orientation? Labels are taken as " \
-                     "upright." if values.shape == size[::-1] else ""
+            turned = ""
+            if values.shape == size[::-1]:
+                turned = " The sides are swapped: was the photograph turned by its EXIF orientation? Labels " \
+                         "are taken as upright."
             raise ValueError(f"{path}: expected a label of {size[0]}×{size[1]} pixels, as its image; found "
                              f"{values.shape[0]}×{values.shape[1]}.{turned}")
         classes, there = table[values], np.unique(values)
@@ -151,37 +161,40 @@ class LabelReader:
         self.refuse_sorted_palette(path, there, palette)
         return classes.astype(np.int64)
 
-    def refuse_sorted_palette(self, path: Path, values: np.ndarray, palette: list[tuple[int, int, int]]) -> None:
-        """Raise ValueError when a value has another colour here than before. A palette of greys says nothing."""
+    def refuse_sorted_palette(self, path: Path, values: np.ndarray,
+                              palette: list[tuple[int, int, int]]) -> None:
+        """Raise ValueError when a value has another colour here than before. A palette of greys says
+        nothing."""
         shown = {int(value): palette[value] for value in values if value < len(palette)}
         if all(colour == (value,) * 3 for value, colour in shown.items()):
             return
         for value, colour in shown.items():
             before, where = self.colours.setdefault(value, (colour, path))
             if colour != before and value != IGNORE:
-                raise ValueError(f"{path}: expected the value {value} to have the colour {before} as in {where}, found "
-                                 f"{colour}. A program has sorted the palette anew, so that values mean other classes: "
-                                 "take the files as they were before it saved them.")
+                raise ValueError(f"{path}: expected the value {value} to have the colour {before} as in "
+                                 f"{where}, found {colour}. A program has sorted the palette anew, so that "
+                                 "values mean other classes: take the files as they were before it saved "
+                                 "them.")
 
 
 def label_picture(path: Path) -> tuple[np.ndarray, list[tuple[int, int, int]]]:
-    """The values of a label file, (H, W) uint8, and its palette, [] if it has none. Raises ValueError naming one that
-    cannot be used."""
+    """The values of a label file, (H, W) uint8, and its palette, [] if it has none. Raises ValueError naming
+    one that cannot be used."""
     try:
         with Image.open(path) as image:
             lossless = image.format in LOSSLESS or image.format == "WEBP" and is_lossless_webp(path)
             if not lossless:
-                raise ValueError(f"expected a lossless file, found {image.format}, which changes values: save labels "
-                                 "as PNG from their source")
+                raise ValueError(f"expected a lossless file, found {image.format}, which changes values: "
+                                 "save labels as PNG from their source")
             if image.mode not in ("P", "L", "1"):
-                raise ValueError(f"expected an index picture (mode P or L), found mode {image.mode}. Colours must "
-                                 "become class numbers: write one number a pixel, by a table from colour to class, and "
-                                 "save it as an 8-bit PNG")
+                raise ValueError(f"expected an index picture (mode P or L), found mode {image.mode}. Colours "
+                                 "must become class numbers: write one number a pixel, by a table from "
+                                 "colour to class, and save it as an 8-bit PNG")
             channels = (image.getpalette() or []) if image.mode == "P" else []
             return np.array(image, dtype=np.uint8), list(zip(channels[::3], channels[1::3], channels[2::3]))
     except Exception as error:
-        raise ValueError(f"{path}: expected a label, found a file that cannot be used as one ({error}). Mend or "
-                         "replace it.") from error
+        raise ValueError(f"{path}: expected a label, found a file that cannot be used as one ({error}). Mend "
+                         "or replace it.") from error
 
 
 def is_lossless_webp(path: Path) -> bool:
@@ -205,25 +218,27 @@ def describe(table: np.ndarray) -> str:
 
 
 def refuse_binary_masks(labels: dict[str, Path], classes: int) -> None:
-    """Raise ValueError for a user's masks of 0 and 255 alone: 255 is "ignored", so the second class would have none."""
+    """Raise ValueError for a user's masks of 0 and 255 alone: 255 is "ignored", so the second class would
+    have none."""
     values = set()
     for path in labels.values():
         values |= set(np.unique(label_picture(path)[0]).tolist())
         if values - {0, IGNORE}:
             return
     if values == {0, IGNORE}:
-        raise ValueError(f"--labels {next(iter(labels.values())).parent}: expected class numbers 0 to {classes - 1}, and "
-                         "255 for pixels that no measure counts; found 0 and 255 alone. Masks of an editor have 255 for "
-                         "the second class: write 1 instead.")
+        raise ValueError(f"--labels {next(iter(labels.values())).parent}: expected class numbers 0 to "
+                         f"{classes - 1}, and 255 for pixels that no measure counts; found 0 and 255 alone. "
+                         "Masks of an editor have 255 for the second class: write 1 instead.")
 
 
-# ---------------------------------------------------------------------------- labels that could be read in two ways
+# ---------------------------------------------------------------------- labels that could be read in two ways
 
 
 def how_labels_are_read(data: str, root: str, labels: dict[str, Path]) -> str:
     """where a dataset's labels could be read in two ways, which is taken and why; else "".
 
-    Raises ValueError when PASCAL Context's labels are seen to be in the other order than the dataset's name says.
+    Raises ValueError when PASCAL Context's labels are seen to be in the other order than the dataset's name
+    says.
     """
     ends = endings(data)
     if len(ends) > 1:
@@ -234,27 +249,32 @@ def how_labels_are_read(data: str, root: str, labels: dict[str, Path]) -> str:
     [declared], name_of = DATASETS[data].labels, context_orders()
     agreement, pixels = context_agreement(find(data, root), labels)
     best = max(agreement, key=agreement.get)
-    seen = f"of {pixels} pixels that PASCAL VOC's labels name too, {agreement[declared]:.0%} have the same class"
+    seen = (f"of {pixels} pixels that PASCAL VOC's labels name too, {agreement[declared]:.0%} have the same "
+            "class")
     if agreement[best] < 0.5:
         why = seen if pixels else "no labels of PASCAL VOC for these images lie beside them"
-        return f"Labels of {data}: read in the order {declared}. Nothing proves it: {why}. If it is wrong, mIoU is near 0."
+        return (f"Labels of {data}: read in the order {declared}. Nothing proves it: {why}. If it is wrong, "
+                "mIoU is near 0.")
     if best != declared:
-        raise ValueError(f"--data {data}: expected labels in the order {declared}, found them in the order {best}: {seen}, "
-                         f"read as {best} {agreement[best]:.0%}. Use --data {name_of[best]}. What was trained saw no label "
-                         f"and stays right: rename its folder {data} to {name_of[best]}.")
+        raise ValueError(f"--data {data}: expected labels in the order {declared}, found them in the order "
+                         f"{best}: {seen}, read as {best} {agreement[best]:.0%}. Use --data {name_of[best]}. "
+                         f"What was trained saw no label and stays right: rename its folder {data} to "
+                         f"{name_of[best]}.")
     return f"Labels of {data}: read in the order {declared}, rightly: {seen}."
 
 
 def context_orders() -> dict[str, str]:
     """each order in which PASCAL Context's labels circulate → the dataset's name that declares it."""
-    return {order: name for name, dataset in DATASETS.items() if name.startswith("context") for order in dataset.labels}
+    return {order: name for name, dataset in DATASETS.items() if name.startswith("context")
+            for order in dataset.labels}
 
 
 def context_agreement(base: Path, labels: dict[str, Path], most: int = 50) -> tuple[dict[str, float], int]:
     """the share of pixels to which Context and VOC give the same class, for each order of Context's.
 
-    Where VOC's own labels of the same images lie beside (in VOC2010 or VOC2012), up to `most` of them are compared, on the
-    classes that both have without the airplane, whose value is 1 in both orders. Returns shares and the number of pixels.
+    Where VOC's own labels of the same images lie beside (in VOC2010 or VOC2012), up to `most` of them are
+    compared, on the classes that both have without the airplane, whose value is 1 in both orders. Returns
+    shares and the number of pixels.
     """
     beside = [base / "SegmentationClass", base.parent / "VOC2012" / "SegmentationClass"]
     pairs = ((path, folder / f"{name}.png") for name, path in labels.items() for folder in beside

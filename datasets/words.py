@@ -16,7 +16,8 @@ import clip
 from datasets import DATASETS, IGNORE
 from toyland.world import TEMPLATES as TOYLAND_TEMPLATES
 
-# The 85 sentences that MaskCLIP and ReCLIP average for a class's query (OpenAI's 80 for ImageNet and five more).
+# The 85 sentences that MaskCLIP and ReCLIP average for a class's query (OpenAI's 80 for ImageNet and five
+# more).
 QUERY_TEMPLATES = Path(__file__).with_name("templates.txt").read_text(encoding="utf-8").splitlines()
 
 
@@ -36,13 +37,15 @@ class Vocabulary:
 
 
 def vocabulary(data: str, classes_file: str | None = None) -> Vocabulary:
-    """The classes of a dataset, or those of `classes_file` in its place. Raises ValueError, FileNotFoundError."""
+    """The classes of a dataset, or those of `classes_file` in its place. Raises ValueError,
+    FileNotFoundError."""
     if classes_file is not None:
         return vocabulary_of(data, read_classes(Path(classes_file)))
     if data in DATASETS:
         return vocabulary_of(data, tuple((name,) for name in DATASETS[data].names))
-    raise ValueError(f"--data {data}: expected {', '.join(DATASETS)}, or a folder of your own images together with --classes "
-                     "FILE, a text file with one class name a line (synonyms after commas); found no --classes.")
+    raise ValueError(f"--data {data}: expected {', '.join(DATASETS)}, or a folder of your own images "
+                     "together with --classes FILE, a text file with one class name a line (synonyms after "
+                     "commas); found no --classes.")
 
 
 def vocabulary_of(data: str, synonyms: tuple[tuple[str, ...], ...]) -> Vocabulary:
@@ -50,13 +53,16 @@ def vocabulary_of(data: str, synonyms: tuple[tuple[str, ...], ...]) -> Vocabular
     palette = distinct_colours(len(synonyms))
     if data in DATASETS and [first for first, *_ in synonyms] == DATASETS[data].names:
         palette = DATASETS[data].palette
-    return Vocabulary(synonyms, tuple(palette), tuple(TOYLAND_TEMPLATES if data == "toyland" else QUERY_TEMPLATES))
+    return Vocabulary(synonyms, tuple(palette),
+                      tuple(TOYLAND_TEMPLATES if data == "toyland" else QUERY_TEMPLATES))
 
 
 def read_classes(path: Path) -> tuple[tuple[str, ...], ...]:
-    """A text file with one class a line, synonyms after commas; or what other programs write (`class_lines`)."""
+    """A text file with one class a line, synonyms after commas; or what other programs write
+    (`class_lines`)."""
     if not path.is_file():
-        raise FileNotFoundError(f"--classes {path}: expected a text file with one class name a line, found no such file.")
+        raise FileNotFoundError(f"--classes {path}: expected a text file with one class name a line, found "
+                                "no such file.")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -71,30 +77,33 @@ NUMBERED = re.compile(r"^(\d+)\s*[:,;=\t ]\s*(\S.*)$")
 def class_lines(text: str, source: str) -> list[str]:
     """The class names of a file, in the order of their numbers: lines with synonyms after commas.
 
-    Also read: JSON (a list of names or of objects with a "name", or number → name), CVAT's labelmap.txt, labelme's
-    labels.txt, "0: name" on every line, YAML's "- name", semicolons between synonyms. Empty lines and lines from # on
-    are passed over. Raises ValueError where numbers do not count from 0: label pictures would mean other classes.
+    Also read: JSON (a list of names or of objects with a "name", or number → name), CVAT's labelmap.txt,
+    labelme's labels.txt, "0: name" on every line, YAML's "- name", semicolons between synonyms. Empty lines
+    and lines from # on are passed over. Raises ValueError where numbers do not count from 0: label pictures
+    would mean other classes.
     """
     text = "".join(letter for letter in text if unicodedata.category(letter) != "Cf")      # invisible letters
     of_cvat = text.lstrip().lower().startswith("# label:color_rgb")
     if text.lstrip()[:1] in ("[", "{"):
         lines = json_names(text, source)
     else:
-        lines = [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+        lines = [line.strip() for line in text.splitlines() if line.strip()
+                 and not line.lstrip().startswith("#")]
     if of_cvat:
         lines = [line.partition(":")[0] for line in lines]
-    if lines and lines[0].lower().replace(" ", "").startswith(("pixelvalue,", "id,name", "index,", "number,name")):
+    if lines and lines[0].lower().replace(" ",
+                                          "").startswith(("pixelvalue,", "id,name", "index,", "number,name")):
         lines = lines[1:]                                               # the header of a table
     lines = [line.removeprefix("- ") for line in lines]
     numbered = [NUMBERED.match(line) for line in lines]
     if lines and all(numbered):
         numbers = [int(match[1]) for match in numbered]
         if numbers != list(range(len(lines))):
-            raise ValueError(f"{source}: expected numbers that count from 0, as values in label pictures do, found "
-                             f"{', '.join(map(str, numbers[:5]))}{', …' if len(numbers) > 5 else ''}. Put the lines in "
-                             "the order of the values and take the numbers away.")
+            raise ValueError(f"{source}: expected numbers that count from 0, as values in label pictures do, "
+                             f"found {', '.join(map(str, numbers[:5]))}{', …' if len(numbers) > 5 else ''}. "
+                             "Put the lines in the order of the values and take the numbers away.")
         lines = [match[2] for match in numbered]
-    if "__ignore__" in lines:                                           # labelme: its value is 255, and no class
+    if "__ignore__" in lines:                                        # labelme: its value is 255, and no class
         lines.remove("__ignore__")
     lines = ["background" if line == "_background_" else line for line in lines]
     return [line.replace(";", ",") for line in lines]
@@ -106,56 +115,64 @@ def json_names(text: str, source: str) -> list[str]:
         if isinstance(content, dict):
             content = content.get("categories", content.get("names", content.get("labels", content)))
         if isinstance(content, dict):                                   # number → name, or name → number
-            pairs = [(number, name) if str(number).isdecimal() else (name, number) for number, name in content.items()]
-            content = [f"{int(number)}: {name}" for number, name in sorted(pairs, key=lambda pair: int(pair[0]))]
+            pairs = [(number, name) if str(number).isdecimal() else (name, number)
+                     for number, name in content.items()]
+            content = [f"{int(number)}: {name}"
+                       for number, name in sorted(pairs, key=lambda pair: int(pair[0]))]
         return [one["name"] if isinstance(one, dict) else str(one) for one in content]
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{source}: expected a JSON list of names, found another content ({error}). Write one class "
-                         "name a line.") from error
+        raise ValueError(f"{source}: expected a JSON list of names, found another content ({error}). Write "
+                         "one class name a line.") from error
 
 
 def parse_classes(lines: list[str], source: str) -> tuple[tuple[str, ...], ...]:
-    """Lines of comma-separated synonyms → names per class. Raises ValueError unless there are 2 to 255 different ones."""
-    synonyms = tuple(tuple(name for name in (part.strip().strip(QUOTES).strip() for part in line.split(",")) if name) for line in lines)
+    """Lines of comma-separated synonyms → names per class. Raises ValueError unless there are 2 to 255
+    different ones."""
+    parts = [[part.strip().strip(QUOTES).strip() for part in line.split(",")] for line in lines]
+    synonyms = tuple(tuple(name for name in names if name) for names in parts)
     if len(synonyms) < 2:
-        raise ValueError(f"{source}: expected at least two classes, found {len(synonyms)}. A class is told from the "
-                         "others: with one there is nothing to decide. Write one class a line, and add what else is in "
-                         "the images (wall, grass, sky, …).")
+        raise ValueError(f"{source}: expected at least two classes, found {len(synonyms)}. A class is told "
+                         "from the others: with one there is nothing to decide. Write one class a line, and "
+                         "add what else is in the images (wall, grass, sky, …).")
     if len(synonyms) > IGNORE:
-        raise ValueError(f"{source}: expected at most {IGNORE} classes (a label picture has 256 values), found "
-                         f"{len(synonyms)}.")
-    seen: dict[tuple[int, ...], tuple[str, int]] = {}   # by what CLIP reads: letter case and extra spaces are nothing
+        raise ValueError(f"{source}: expected at most {IGNORE} classes (a label picture has 256 values), "
+                         f"found {len(synonyms)}.")
+    # by what CLIP reads: letter case and extra spaces are nothing
+    seen: dict[tuple[int, ...], tuple[str, int]] = {}
     for number, names in enumerate(synonyms, start=1):
         if not names:
-            raise ValueError(f"{source}: expected a name for class {number}, found only commas. Name it or remove the "
-                             "line.")
+            raise ValueError(f"{source}: expected a name for class {number}, found only commas. Name it or "
+                             "remove the line.")
         for name in names:
             tokens = tokens_of_name(name, source)
             if tokens in seen:
                 other, where = seen[tokens]
                 same = "" if other.lower() == name.lower() else f": to CLIP it is the same as {other!r}"
-                raise ValueError(f"{source}: expected every name once, found {name!r} at class {where} and at class "
-                                 f"{number}{same}. Remove one of them.")
+                raise ValueError(f"{source}: expected every name once, found {name!r} at class {where} and "
+                                 f"at class {number}{same}. Remove one of them.")
             seen[tokens] = name, number
     return synonyms
 
 
-QUOTES = " \t\"\u201c\u201d\u201e\u2018\u00ab\u00bb"        # straight and curly; an apostrophe may belong to a name
+QUOTES = " \t\"\u201c\u201d\u201e\u2018\u00ab\u00bb"  # straight and curly; an apostrophe may belong to a name
 
 
 def tokens_of_name(name: str, source: str) -> tuple[int, ...]:
-    """CLIP's tokens of a class name. Raises ValueError for one that cannot be said inside CLIP's 77 tokens."""
+    """CLIP's tokens of a class name. Raises ValueError for one that cannot be said inside CLIP's 77
+    tokens."""
     room = 77 - 2 - longest_template()
     if any(unicodedata.category(letter) == "Cc" for letter in name) or "<|" in name:
-        raise ValueError(f"{source}: expected names in plain words, found {name[:80]!r} with control characters or one of CLIP's "
-                         "own marks in it.")
-    tokens = tuple(clip.encode(name)) if len(name) <= 500 else None             # the tokenizer is slow with endless words
+        raise ValueError(f"{source}: expected names in plain words, found {name[:80]!r} with control "
+                         "characters or one of CLIP's own marks in it.")
+    # the tokenizer is slow with endless words
+    tokens = tuple(clip.encode(name)) if len(name) <= 500 else None
     if tokens is None or len(tokens) > room:
         found = f"{len(name)} characters" if tokens is None else len(tokens)
-        raise ValueError(f"{source}: expected class names of at most {room} tokens, which fit into CLIP's 77 with a sentence "
-                         f"around them; found {found} in {name[:80]!r}. Shorten it.")
+        raise ValueError(f"{source}: expected class names of at most {room} tokens, which fit into CLIP's 77 "
+                         f"with a sentence around them; found {found} in {name[:80]!r}. Shorten it.")
     if not tokens:
-        raise ValueError(f"{source}: expected names that can be read, found {name!r} without a readable character.")
+        raise ValueError(f"{source}: expected names that can be read, found {name!r} without a readable "
+                         "character.")
     return tokens
 
 
@@ -168,7 +185,8 @@ def longest_template() -> int:
 def distinct_colours(count: int) -> list[tuple[int, int, int]]:
     """Colours for a user's own classes: hues by the golden angle, in three shades."""
     import colorsys
-    return [tuple(round(255 * value) for value in colorsys.hsv_to_rgb(i * 0.618 % 1, (0.85, 0.55, 0.95)[i % 3],
+    return [tuple(round(255 * value)
+                  for value in colorsys.hsv_to_rgb(i * 0.618 % 1, (0.85, 0.55, 0.95)[i % 3],
                                                                        (0.95, 0.85, 0.6)[i // 2 % 3]))
             for i in range(count)]
 

@@ -113,8 +113,8 @@ def with_flags(recipe, args: argparse.Namespace, most: int):
 
 
 def path(text: str) -> str:
-    """`~` is the home folder, also behind `--out=`, where the shell leaves it alone. Nothing (the shell's answer
-    to a variable that is not set) is refused: it would be the folder that one works in."""
+    """`~` is the home folder, also behind `--out=`, where the shell leaves it alone. Nothing (the shell's
+    answer to a variable that is not set) is refused: it would be the folder that one works in."""
     if not text:
         raise argparse.ArgumentTypeError("expected a name or a path, found nothing")
     return os.path.expanduser(text)

@@ -102,9 +102,10 @@ def recipe_in(checkpoint: dict, kind: type, key: str = "recipe"):
         other = [name for name, of in kinds.items()
                  if typing.get_origin(of) is typing.Literal and recipe[name] not in typing.get_args(of)]
     if other:
-        raise ValueError(f"{checkpoint['path']}: expected the recipe of this version, found another one, with "
-                         f"other fields or words: {', '.join(other)}. Train it again.")
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in recipe.items()})
+        raise ValueError(f"{checkpoint['path']}: expected the recipe of this version, found another one, "
+                         f"with other fields or words: {', '.join(other)}. Train it again.")
+    return kind(**{name: tuple(value) if isinstance(value, list) else value
+                   for name, value in recipe.items()})
 
 
 def refuse_other_system(checkpoint: dict, name: str) -> None:

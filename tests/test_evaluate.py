@@ -15,10 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import data
 import evaluate
-
-IGNORE = 255
+from datasets import IGNORE, words
 
 
 def slow_confusion(true_label, predicted, classes):
@@ -154,27 +152,47 @@ def test_prediction_has_the_labels_size(size):
     """The logits are resized, bilinear, before the classes are chosen: not the classes after."""
     logits = random_logits()
     found = evaluate.predict(logits, size)
-    assert found.shape == size and found.dtype == torch.int64
-    assert torch.equal(found, F.interpolate(logits, size=size, mode="bilinear", align_corners=False)[0].argmax(dim=0))
+    assert found.shape == size and found.dtype == torch.uint8
+    up = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)[0]
+    assert torch.equal(found.long(), up.argmax(dim=0))
 
 
 @pytest.mark.parametrize("at_once", [1, 3, 10, 32])
-def test_best_class_is_the_same_for_any_number_of_classes_at_once(at_once):
+def test_best_class_is_the_same_for_any_number_of_classes_at_once(monkeypatch, at_once):
     """Bit for bit the argmax of all maps up-sampled together, ties included; the probability is the softmax's."""
     logits = torch.randn(1, 10, 5, 7, generator=torch.Generator().manual_seed(0)).round(decimals=1)
-    logits[:, 7] = logits[:, 2]                                                 # equal everywhere: the first one wins
-    up = torch.nn.functional.interpolate(logits, size=(40, 61), mode="bilinear", align_corners=False)[0]
-    best, probability = evaluate.best_class(logits, (40, 61), scale=3.0, at_once=at_once)
-    assert torch.equal(best, up.argmax(dim=0)) and (best == 2).any() and not (best == 7).any()
+    logits[:, 7] = logits[:, 2]                                         # equal everywhere: the first one wins
+    up = F.interpolate(logits, size=(40, 61), mode="bilinear", align_corners=False)[0]
+    monkeypatch.setattr(evaluate, "BUDGET", at_once * 40 * 61)
+    best, probability = evaluate.best_class(logits, (40, 61), scale=3.0)
+    assert best.dtype == torch.uint8 and (best == 2).any() and not (best == 7).any()
+    assert torch.equal(best.long(), up.argmax(dim=0))
     assert torch.allclose(probability, (3.0 * up).softmax(dim=0).amax(dim=0), atol=1e-6)
-    assert torch.equal(evaluate.best_class(logits, (40, 61), at_once=at_once)[0], best)
+    alone, none = evaluate.best_class(logits, (40, 61))
+    assert torch.equal(alone, best) and none is None
+
+
+def test_a_large_picture_is_never_held_for_all_classes(monkeypatch):
+    """No more numbers than the budget are up-sampled at a time, or one class, whatever the classes."""
+    sizes, interpolate = [], F.interpolate
+
+    def noted(maps, **kwargs):
+        sizes.append(maps.shape[1])
+        return interpolate(maps, **kwargs)
+
+    monkeypatch.setattr(evaluate, "BUDGET", 3 * 100 * 100)
+    monkeypatch.setattr(evaluate.F, "interpolate", noted)
+    for size, expected in (((100, 100), [3, 3, 3, 1]), ((100, 160), [1] * 10), ((400, 400), [1] * 10)):
+        sizes.clear()
+        evaluate.best_class(random_logits(10), size, scale=1.0)
+        assert sizes == expected
 
 
 def test_up_sampled_boundary_lies_between_the_patches():
     """Two patches, two classes: the boundary is in the middle of the picture, where the logits cross."""
     logits = torch.tensor([[[[1.0, 0.0]], [[0.0, 1.0]]]])
     assert evaluate.predict(logits, (2, 8)).tolist() == [[0] * 4 + [1] * 4] * 2
-    logits = torch.tensor([[[[1.0, 0.0]], [[0.0, 3.0]]]])                          # the surer patch reaches farther
+    logits = torch.tensor([[[[1.0, 0.0]], [[0.0, 3.0]]]])                   # the surer patch reaches farther
     assert evaluate.predict(logits, (1, 8)).sum() > 4
 
 
@@ -187,13 +205,15 @@ def weak_class_logits():
 
 
 @pytest.mark.parametrize("classes", [1, 15, 16, 17, 50])
-def test_prediction_in_chunks_of_classes_has_the_same_bits_as_all_at_once(classes):
+def test_prediction_in_chunks_of_classes_has_the_same_bits_as_all_at_once(monkeypatch, classes):
+    monkeypatch.setattr(evaluate, "BUDGET", 16 * 43 * 61)
     logits = torch.randn(1, classes, 5, 7, generator=torch.Generator().manual_seed(0))
-    logits[:, 0] += 1                                           # often the highest, and
-    logits[:, -1] = logits[:, 0]                                # equal to the last class, of another chunk: the first counts
+    logits[:, 0] += 1                                       # often the highest, and
+    logits[:, -1] = logits[:, 0]                            # equal to the last, of another chunk: the first counts
     at_once = F.interpolate(logits, size=(43, 61), mode="bilinear", align_corners=False)
     highest = at_once.max(dim=1, keepdim=True).values
-    assert torch.equal(evaluate.predict(logits, (43, 61)), (at_once == highest).int().argmax(dim=1)[0])
+    found = evaluate.predict(logits, (43, 61))
+    assert torch.equal(found.long(), (at_once == highest).int().argmax(dim=1)[0])
 
 
 def test_prompt_denoising_leaves_out_a_class_that_is_nowhere_probable():
@@ -219,10 +239,11 @@ def test_prompt_denoising_removes_some_classes_never_all(seed, denoising, scale)
     logits = random_logits(seed=seed)
     probability = (scale * logits).softmax(dim=1)[0]
     best = [probability[k].max().item() for k in range(4)]
-    kept = [k for k in range(4) if best[k] >= torch.tensor(denoising, dtype=torch.float32).item() or best[k] == max(best)]
+    threshold = torch.tensor(denoising, dtype=torch.float32).item()
+    kept = [k for k in range(4) if best[k] >= threshold or best[k] == max(best)]
     found = evaluate.predict(logits, (5, 7), denoising, scale)
     assert kept and set(found.flatten().tolist()) <= set(kept)
-    assert torch.equal(found, torch.tensor(kept)[logits[0, kept].argmax(dim=0)])
+    assert torch.equal(found.long(), torch.tensor(kept)[logits[0, kept].argmax(dim=0)])
 
 
 def test_prompt_denoising_gives_finite_results_after_up_sampling():
@@ -234,7 +255,7 @@ def test_prompt_denoising_gives_finite_results_after_up_sampling():
 
 # ------------------------------------------------------------------------------------------ pictures
 
-WORDS = data.vocabulary_of("photos", (("cat",), ("чёрная собака",), ("wall",)))
+WORDS = words.vocabulary_of("photos", (("cat",), ("чёрная собака",), ("wall",)))
 
 
 def test_classes_are_coloured_by_the_palette_and_ignored_pixels_are_black():
@@ -261,10 +282,10 @@ def test_picture_sheet_holds_every_tile_at_one_height():
 @pytest.mark.parametrize("classes", [2, 20, 255])
 def test_legend_shows_every_colour_inside_the_page(classes):
     """However many words: each has its box, and the page is long enough for all lines."""
-    words = data.vocabulary_of("photos", tuple((f"rather long word number {i}",) for i in range(classes)))
-    page = np.asarray(evaluate.sheet(tiles((40, 30)), ["image", "CLIP", "truth"], words, height=30))
+    many = words.vocabulary_of("photos", tuple((f"rather long word number {i}",) for i in range(classes)))
+    page = np.asarray(evaluate.sheet(tiles((40, 30)), ["image", "CLIP", "truth"], many, height=30))
     seen = {tuple(colour) for colour in page.reshape(-1, 3).tolist()}
-    assert seen >= set(words.palette)
+    assert seen >= set(many.palette)
     assert (page[-2:] == 255).all()
 
 
@@ -278,8 +299,8 @@ def test_single_class_column_of_a_one_pixel_wide_picture():
 
 def metrics_of(**stages):
     return {stage: evaluate.measures(confusion, WORDS.names) | {"fingerprint": {
-        "data": "photos", "images": 3, "classes": WORDS.names, "short_side": 336, "precision": "fp32",
-        "refinements": {"prompt_denoising": 0.0}}} for stage, confusion in stages.items()}
+        "system": "reclip++", "data": "photos", "images": 3, "classes": WORDS.names, "short_side": 336,
+        "precision": "fp32", "refinements": {"prompt_denoising": 0.0}}} for stage, confusion in stages.items()}
 
 
 def test_table_shows_every_stage_and_every_class(capsys):
@@ -287,7 +308,8 @@ def test_table_shows_every_stage_and_every_class(capsys):
     confusion = torch.tensor([[6, 2, 0], [1, 9, 0], [0, 0, 0]])
     evaluate.print_table(metrics_of(vanilla=confusion, distill=torch.eye(3).long()), per_class=True)
     said = capsys.readouterr().out
-    for part in ("photos: 3 images, 3 classes, short side 336, prompt denoising off, fp32", "vanilla CLIP", "ReCLIP++ distilled"):
+    for part in ("photos: 3 images, 3 classes, short side 336, prompt denoising off, fp32", "vanilla CLIP",
+                 "ReCLIP++ distilled"):
         assert part in said
     row = next(line for line in said.splitlines() if line.startswith("wall"))
     assert row.split() == ["wall", "–", "100.0"]

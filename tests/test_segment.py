@@ -14,13 +14,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import data
 import rectify
 import segment
-import toyland
+from datasets import IGNORE, words
 from helpers import SMALLEST, photo, quick_recipes, refusal, run, write_openai_archive, write_photos
-
-IGNORE = 255
+from toyland import world
 
 
 # ------------------------------------------------------------------------------------------ --background
@@ -33,15 +31,16 @@ def test_background_modes(mode, expected):
     assert segment.parse_background(mode) == expected
 
 
-@pytest.mark.parametrize("mode", ["", "no", "none: x", "words", "words:", "words: ,", "threshold", "threshold:", "threshold: 0",
-                                  "threshold: 1", "threshold: -0.1", "threshold: nan", "threshold: half", "0.5"])
+@pytest.mark.parametrize("mode", ["", "no", "none: x", "words", "words:", "words: ,", "threshold", "threshold:",
+                                  "threshold: 0", "threshold: 1", "threshold: -0.1", "threshold: nan",
+                                  "threshold: half", "0.5"])
 def test_other_background_is_refused(mode):
     with pytest.raises(ValueError, match="--background: expected none, .*; found") as error:
         segment.parse_background(mode)
     assert repr(mode) in str(error.value)
 
 
-# ------------------------------------------------------------------------------------------ logits → classes and background
+# -------------------------------------------------------------------------------- logits → classes and background
 
 def random_logits(channels=4):
     return torch.randn(1, channels, 3, 5, generator=torch.Generator().manual_seed(0))
@@ -50,7 +49,8 @@ def random_logits(channels=4):
 def test_without_background_every_pixel_gets_its_best_class():
     found = segment.segment(random_logits(), (24, 40), classes=4, scale=10.0, threshold=None)
     up = F.interpolate(random_logits(), size=(24, 40), mode="bilinear", align_corners=False)[0]
-    assert found.shape == (24, 40) and torch.equal(found, up.argmax(dim=0)) and found.max() <= 3
+    assert found.shape == (24, 40) and found.dtype == torch.uint8 and found.max() <= 3
+    assert torch.equal(found.long(), up.argmax(dim=0))
 
 
 def test_pixels_of_background_words_are_background():
@@ -77,7 +77,9 @@ def test_overlay_paints_classes_and_leaves_the_background():
     """Background pixels are the photo's own; a class is mixed with its colour and stays recognisable."""
     picture = photo(4, 6)
     classes = torch.tensor([[0, 1, IGNORE]]).repeat(4, 2)
-    found, original = np.asarray(segment.overlay(picture, classes, [(255, 0, 0), (0, 0, 255)]), int), np.asarray(picture, int)
+    index = Image.fromarray(classes.numpy().astype(np.uint8))
+    found = np.asarray(segment.overlay(picture, index, [(255, 0, 0), (0, 0, 255)]), int)
+    original = np.asarray(picture, int)
     for value, colour in ((0, (255, 0, 0)), (1, (0, 0, 255))):
         mixed = 0.45 * original + 0.55 * np.array(colour)
         assert np.abs(found - mixed)[classes == value].max() <= 1
@@ -111,17 +113,19 @@ def index_of(folder="runs/segment", name="my cat") -> np.ndarray:
 
 
 def test_words_on_the_command_line(place, tiny_clip, capsys):
-    """No run, no file: the words alone. An overlay with a legend, an index PNG of the photo's size in the classes' colours."""
+    """No run, no file: the words alone. An overlay with a legend, an index PNG of the photo's size in the
+    classes' colours."""
     path = run(segment, "my cat.jpg", "--classes", "cat, sofa , wall", "--clip", tiny_clip)
     said = capsys.readouterr().out
-    assert path == Path("runs/segment/my cat_overlay.png") and "MaskCLIP" in said and "3 classes: cat, sofa, wall" in said
+    assert path == Path("runs/segment/my cat_overlay.png")
+    assert "MaskCLIP" in said and "3 classes: cat, sofa, wall" in said
     index = index_of()
     assert index.shape == (40, 56) and set(np.unique(index)) <= {0, 1, 2}
     with Image.open("runs/segment/my cat_index.png") as picture:
-        assert picture.getpalette()[:9] == [channel for colour in data.distinct_colours(3) for channel in colour]
+        assert picture.getpalette()[:9] == [channel for colour in words.distinct_colours(3) for channel in colour]
     with Image.open(path) as page:
         colours = {colour for _, colour in page.convert("RGB").getcolors(1 << 20)}
-        assert set(data.distinct_colours(3)) <= colours and page.height > 160
+        assert set(words.distinct_colours(3)) <= colours and page.height > 160
     shares = {line.split("%  ")[1]: float(line.split("%")[0]) for line in said.splitlines() if " %  " in line}
     for number, name in enumerate(("cat", "sofa", "wall")):
         assert shares.get(name, 0) == pytest.approx(100 * (index == number).mean(), abs=0.051)
@@ -137,9 +141,9 @@ def test_words_from_a_file_are_the_same(place, tiny_clip):
 
 def test_more_words_than_a_file_name_may_have_letters(place, tiny_clip):
     """A long list is a list, not a file name that is too long."""
-    words = ", ".join(f"thing number {i}" for i in range(40))
-    assert len(words) > 255
-    run(segment, "my cat.jpg", "--classes", words, "--clip", tiny_clip)
+    many = ", ".join(f"thing number {i}" for i in range(40))
+    assert len(many) > 255
+    run(segment, "my cat.jpg", "--classes", many, "--clip", tiny_clip)
     assert index_of().max() < 40
 
 
@@ -153,8 +157,8 @@ def test_photo_is_segmented_upright(place, tiny_clip):
 
 
 def test_background_words_are_255_in_the_index(place, tiny_clip, capsys):
-    """With words: pixels that fit them better than the classes; the rest keep their classes. (A PNG with a palette of two
-    colours would have one bit a pixel, and 255 would come back as 1.)"""
+    """With words: pixels that fit them better than the classes; the rest keep their classes. (A PNG with a palette
+    of two colours would have one bit a pixel, and 255 would come back as 1.)"""
     run(segment, "my cat.jpg", "--classes", "cat, sofa, wall, road", "--clip", tiny_clip)
     four = index_of()
     run(segment, "my cat.jpg", "--classes", "cat, sofa", "--background", "words: wall, road", "--clip", tiny_clip)
@@ -168,7 +172,8 @@ def test_threshold_leaves_unsure_pixels_without_a_class(place, tiny_clip):
     run(segment, "my cat.jpg", "--classes", "cat, sofa, wall", "--clip", tiny_clip)
     whole = index_of()
     for threshold in (0.5, 0.9):
-        run(segment, "my cat.jpg", "--classes", "cat, sofa, wall", "--clip", tiny_clip, "--background", f"threshold: {threshold}")
+        run(segment, "my cat.jpg", "--classes", "cat, sofa, wall", "--clip", tiny_clip,
+            "--background", f"threshold: {threshold}")
         found = index_of()
         assert np.array_equal(found, np.where(found == IGNORE, IGNORE, whole))
         shares.append((found == IGNORE).mean())
@@ -199,20 +204,21 @@ def test_words_that_were_not_trained_are_left_to_maskclip(trained, tiny_clip, ca
 
 def test_words_that_were_not_trained_are_asked_in_all_sentences(place, tiny_clip, monkeypatch):
     """A run in Toyland, with its four sentences, does not lend them to the words of a photograph."""
-    monkeypatch.setattr(toyland, "TRAIN_SCENES", 2)
-    monkeypatch.setattr(toyland, "VAL_SCENES", 2)
+    monkeypatch.setattr(world, "TRAIN_SCENES", 2)
+    monkeypatch.setattr(world, "VAL_SCENES", 2)
     run(rectify, "--clip", tiny_clip)
     seen = []
-    monkeypatch.setattr(rectify, "query_features", lambda model, words: seen.append(words) or torch.eye(2, 24))
+    monkeypatch.setattr(rectify, "query_features", lambda _, asked: seen.append(asked) or torch.eye(2, 24))
     run(segment, "my cat.jpg", "--classes", "dog, lawn", "--clip", tiny_clip)
-    assert list(seen[0].templates) == data.QUERY_TEMPLATES and seen[0].names == ["dog", "lawn"]
+    assert list(seen[0].templates) == words.QUERY_TEMPLATES and seen[0].names == ["dog", "lawn"]
 
 
 def test_without_a_photo_a_scene_of_toyland_is_shown(place, tiny_clip, monkeypatch, capsys):
-    monkeypatch.setattr(toyland, "TRAIN_SCENES", 1)
-    monkeypatch.setattr(toyland, "VAL_SCENES", 8)
+    monkeypatch.setattr(world, "TRAIN_SCENES", 1)
+    monkeypatch.setattr(world, "VAL_SCENES", 8)
     run(segment, "--clip", tiny_clip)
-    assert index_of(name="toyland").shape == toyland.SCENE and "16 classes: sky, grass" in capsys.readouterr().out
+    assert index_of(name="toyland").shape == world.SCENE
+    assert "16 classes: sky, grass" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------ errors
@@ -224,9 +230,12 @@ def test_without_a_photo_a_scene_of_toyland_is_shown(place, tiny_clip, monkeypat
     (["my cat.jpg", "--classes", "cat"], ["at least two words", "found no such file and one word"]),
     (["my cat.jpg", "--classes", "cat,"], ["at least two classes, found 1"]),
     (["my cat.jpg", "--classes", "cat, Cat"], ["found 'Cat' at class 1 and at class 2"]),
-    (["my cat.jpg", "--classes", "cat, dog", "--background", "some"], ["--background: expected none", "found 'some'"]),
-    (["my cat.jpg", "--classes", "cat, dog", "--stage", "distill"], ["--stage distill: expected a checkpoint", "cat, dog"]),
-    (["my cat.jpg", "--classes", "cat, dog", "--background", "words: cat"], ["found 'cat' at class 1 and at class 3"])])
+    (["my cat.jpg", "--classes", "cat, dog", "--background", "some"],
+     ["--background: expected none", "found 'some'"]),
+    (["my cat.jpg", "--classes", "cat, dog", "--stage", "distill"],
+     ["--stage distill: expected a checkpoint", "cat, dog"]),
+    (["my cat.jpg", "--classes", "cat, dog", "--background", "words: cat"],
+     ["found 'cat' at class 1 and at class 3"])])
 def test_unusable_input_is_refused_and_nothing_is_written(place, tiny_clip, capsys, flags, parts):
     """One paragraph that says what was expected and what was found."""
     Path("text.jpg").write_text("I am no picture")

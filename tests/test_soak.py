@@ -1,17 +1,19 @@
-"""A long run needs no more memory than a short one: 1,000 steps of each stage, 2,000 images of differing sizes measured.
+"""A long run needs no more memory than a short one: 1,000 steps of each stage, 2,000 images of differing sizes
+measured.
 
     python -m pytest tests/test_soak.py              # about a minute on one core
 
-All of it happens in one process of its own, this very file run as a script, so that nothing which other tests left behind
-blurs the numbers. It writes down the memory it holds after every step and after every image.
+All of it happens in one process of its own, this very file run as a script, so that nothing which other tests
+left behind blurs the numbers. It writes down the memory it holds after every step and after every image.
 """
 
-import conftest                                     # first: as a script, this file finds the project through it alone
+import conftest  # noqa: F401               first: as a script, this file finds the project through it alone
 
 import json
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +21,9 @@ import pytest
 
 STEPS, IMAGES = 1000, 2000
 MIB = 2 ** 20
-# Between the end of the first tenth and the end, measured on Linux: 0 in both trainings, 0.6 MiB in the evaluation, whose
-# last new image size comes late. A bound of 8 MiB leaves an allocator room and still finds 9 KiB lost per step: a batch
-# of these tiny pictures has 30, a graph that somebody keeps has far more.
+# Between the end of the first tenth and the end, measured on Linux: 0 in both trainings, 0.6 MiB in the evaluation,
+# whose last new image size comes late. A bound of 8 MiB leaves an allocator room and still finds 9 KiB lost per
+# step: a batch of these tiny pictures has 30, a graph that somebody keeps has far more.
 BOUND = 8 * MIB
 
 
@@ -41,13 +43,14 @@ def test_a_long_run_needs_no_more_memory_than_its_first_tenth(memory, run, lengt
     held = memory[run]
     assert len(held) == length
     grown = held[-1] - held[length // 10]
-    assert grown < BOUND, f"{run} grew by {grown / MIB:.1f} MiB, in tenths: {[round(x / MIB) for x in held[::length // 10]]}"
+    tenths = [round(x / MIB) for x in held[::length // 10]]
+    assert grown < BOUND, f"{run} grew by {grown / MIB:.1f} MiB, in tenths: {tenths}"
 
 
-# ------------------------------------------------------------------------------------------ the process that is watched
+# ----------------------------------------------------------------------------------- the process that is watched
 
 def memory_held() -> int:
-    """Bytes that this process alone holds, libraries apart; where the system does not say, the most it held so far."""
+    """Bytes that this process alone holds, libraries apart; where the system does not say, the most so far."""
     try:
         _, resident, shared, *_ = map(int, Path("/proc/self/statm").read_text().split())
         return (resident - shared) * resource.getpagesize()
@@ -57,7 +60,8 @@ def memory_held() -> int:
 
 
 def write_pictures(folder: Path, count: int) -> None:
-    """Pictures under `photos`, labels of three classes under `labels`: squares to panoramas of 1 : 4, lying and standing."""
+    """Pictures under `photos`, labels of three classes under `labels`: squares to panoramas of 1 : 4, lying and
+    standing."""
     from helpers import photo, write_label
     (folder / "photos").mkdir(parents=True)
     random = np.random.default_rng(0)
@@ -69,16 +73,16 @@ def write_pictures(folder: Path, count: int) -> None:
 
 
 def long_runs(folder: Path) -> dict[str, list[int]]:
-    """Both stages through their scripts' own `main`, then the measuring of all stages: name → bytes after every step."""
+    """Both stages through their scripts' own `main`, then all stages measured: name → bytes after every step."""
     import data
     import distill
     import evaluate
-    import ground_truth
     import rectify
-    import runs
+    from datasets import labels as ground_truth
+    from harness import runs
     from helpers import SMALLEST, quick_recipes, run, write_openai_archive
 
-    write_pictures(folder / "taught", 20)                                   # ten steps an epoch, and as many times saved
+    write_pictures(folder / "taught", 20)                           # ten steps an epoch, and as many times saved
     write_pictures(folder / "measured", IMAGES)
     (folder / "names.txt").write_text("cat\nsofa\nwall\n")
     write_openai_archive(folder / "tiny.pt", **SMALLEST)
@@ -86,12 +90,13 @@ def long_runs(folder: Path) -> dict[str, list[int]]:
     memory: dict[str, list[int]] = {"rectify": [], "distill": [], "evaluate": []}
     with pytest.MonkeyPatch.context() as patch:
         quick_recipes(patch, folder)
+        booked = runs.Training.done
 
-        def done(self, *args, original=runs.Training.done):
-            original(self, *args)
+        def done(self, **losses):
+            booked(self, **losses)
             memory[self.stage].append(memory_held())
 
-        def each(images, **_):                                              # in the place of evaluate's progress bar
+        def each(images, **_):                                      # in the place of evaluate's progress bar
             for image in images:
                 yield image
                 memory["evaluate"].append(memory_held())
@@ -100,13 +105,14 @@ def long_runs(folder: Path) -> dict[str, list[int]]:
         patch.setattr(evaluate, "tqdm", each)
         for script in (rectify, distill):
             run(script, "--data", folder / "taught" / "photos", *common, "--epochs", STEPS // 10)
-        # A folder of the same name finds the same checkpoints; `open_world` is not told of them, which would refuse it.
-        flags = ["--data", folder / "measured" / "photos", *common, "--device", "cpu"]
-        world = rectify.open_world(evaluate.flags().parse_args([str(flag) for flag in flags]))
-        images = data.validation_images(world.name, world.root)
-        labels = ground_truth.true_label_files(world.name, world.root, list(images), str(folder / "measured" / "labels"))
-        found = evaluate.predictors(world, rectify.cached_query(world), list(evaluate.STAGES))
-        evaluate.measure(world, found, labels)
+        # Measured on another folder, which `open_setup` would refuse: the run is not of its images.
+        flags = ["--data", folder / "taught" / "photos", *common, "--device", "cpu"]
+        setup = data.open_setup(evaluate.flags().parse_args([str(flag) for flag in flags]))
+        setup = replace(setup, data=str(folder / "measured" / "photos"))
+        labels = ground_truth.true_label_files(setup.data, setup.root, list(setup.validation_images),
+                                               str(folder / "measured" / "labels"))
+        found = evaluate.predictors(setup, rectify.query_of(setup), list(evaluate.STAGES))
+        evaluate.measure(setup, found, labels)
     return memory
 
 
