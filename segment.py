@@ -318,16 +318,27 @@ def write_results(args: argparse.Namespace, segmenter: Segmenter, photo: Image.I
 
 
 def output_name(args: argparse.Namespace, setup: data.Setup, folder: Path) -> tuple[str, str]:
-    """What the two files are called, and a mark of the photo: its name, with its folder's in front where the
-    result of another photo of that name is there already."""
+    """What the two files are called, and a mark of the photo: its name, with its folders' in front as long as
+    the result of another photo of that name is there already."""
     if args.photo is None:
         return Path(setup.data).name, ""
     photo = Path(args.photo).resolve()
-    mark, there = f"{machine.seed_of(str(photo)):016x}", folder / f"{photo.stem}_index.png"
-    if there.is_file() and Image.open(there).info.get("photo", mark) != mark:
-        print(f"{there} is of another photo called {photo.stem}, and stays.")
-        return f"{photo.parent.name}_{photo.stem}", mark
-    return photo.stem, mark
+    mark, name = f"{machine.seed_of(str(photo)):016x}", photo.stem
+    for parent in photo.parents:
+        if photo_of(there := folder / f"{name}_index.png") in (None, mark):
+            break
+        print(f"{there} is of another photo called {name}, and stays.")
+        name = f"{parent.name}_{name}"
+    return name, mark
+
+
+def photo_of(index: Path) -> str | None:
+    """The mark of the photo that an index picture is of; None where none is there, or one without a mark."""
+    try:
+        with Image.open(index) as picture:
+            return picture.info.get("photo")
+    except OSError:                             # none, or one that nobody can read: it may be overwritten
+        return None
 
 
 if __name__ == "__main__":

@@ -102,7 +102,8 @@ def images_in(folder: Path) -> dict[str, Path]:
     Prints what it left out: masks, which no training may look at, and files that are no photographs.
     """
     refuse_missing_folder(folder)
-    kinds = {path: kind_of(path) for path in files_below(folder)}
+    kinds = {path: kind_of(path) if (folder / path).exists() else "dangling link"
+             for path in files_below(folder)}
     cameras: dict[str, set[Path]] = {}                  # a photograph's name → the folders that hold one
     for path, kind in kinds.items():
         if kind == "image" and path.suffix.lower() in LOSSY:

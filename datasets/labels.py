@@ -124,7 +124,8 @@ def refuse_other_classes(data: str, names: list[str]) -> None:
 
 # ---------------------------------------------------------------------------- files → classes
 
-LOSSLESS = {"PNG", "TIFF", "BMP", "GIF", "PPM", "TGA"}      # and WebP, where its first chunk says so
+# And WebP, where its first chunk says so. Not GIF: those who write it sort the palette anew.
+LOSSLESS = {"PNG", "TIFF", "BMP", "PPM", "TGA"}
 
 
 class LabelReader:

@@ -6,6 +6,7 @@ A class list is a dataset's own, or a text file with one class a line. Opens no 
 from __future__ import annotations
 
 import functools
+import html
 import json
 import re
 import unicodedata
@@ -106,7 +107,7 @@ def class_lines(text: str, source: str) -> list[str]:
     if "__ignore__" in lines:                                        # labelme: its value is 255, and no class
         lines.remove("__ignore__")
     lines = ["background" if line == "_background_" else line for line in lines]
-    return [line.replace(";", ",") for line in lines]
+    return [html.unescape(line).replace(";", ",") for line in lines]        # the ; of &amp; ends no name
 
 
 def json_names(text: str, source: str) -> list[str]:

@@ -259,9 +259,7 @@ class Reproduction:
         setup, system = self.setup_of(job), system_of(job.run)
         if job.stage == "distill":
             return data.recipe_for(setup, distill.RECIPES, system.student_numbers)
-        recipe = data.recipe_for(setup, rectify.RECIPES, system.numbers)
-        room = setup.clip_model.prompt_room(setup.vocabulary.names)         # as rectify.main does
-        return replace(recipe, prompt_length=min(room, recipe.prompt_length))
+        return rectify.recipe_of(setup, system)
 
     def settings_of(self, job: Job) -> dict:
         """What a checkpoint must say it was made with, were the training run now."""

@@ -340,6 +340,6 @@ def untrained_teacher(setup: data.Setup, system: System) -> None:
     if path.exists() and (found := of(runs.load(path, "rectify"))) is not system:
         raise ValueError(f"{path}: expected no rectification but that of {system.name}, found one of "
                          f"{found.name}. Give another --out, which keeps both.")
-    recipe = data.recipe_for(setup, rectify.RECIPES, system.numbers)
+    recipe = rectify.recipe_of(setup, system)
     files.save(path, {"stage": "rectify", "settings": runs.plain(setup.settings(system, recipe)), "step": 0,
                       "weights": rectify.build_rectifier(setup, recipe, system).state_dict()})

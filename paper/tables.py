@@ -193,7 +193,7 @@ def main(args: argparse.Namespace) -> None:
         content = json.loads(path.read_text(encoding="utf-8"))
         values = {tuple(cell.split("/")): found for cell, found in content["values"].items()}
         made = {name: content[name] for name in MADE}
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: expected the results.json of a reproduction, found something else "
                          f"({error}). python paper/reproduce.py writes one.") from error
     write(path, made, values, sorted(one.name for one in path.parent.glob("figure*.png")))

@@ -2,7 +2,8 @@
 
     python -m pytest tests/test_figures.py
 
-No picture is compared with another: fonts and versions differ. The arrays behind the lines, cells and heat maps do not.
+No picture is compared with another: fonts and versions differ. The arrays behind the lines, cells and heat
+maps do not.
 """
 
 import io
@@ -19,19 +20,21 @@ from PIL import Image
 import data
 import evaluate
 import rectify
-from helpers import photo, refusal, run, write_photos
+from helpers import photo, refusal, run, write_photos, write_voc_tree
 from paper import figures, run as paper_run, scores
 
 STAGES = ["vanilla", "maskclip", "rectify", "distill"]
 COUNTS = torch.tensor([4, 0, 9, 2])
-CURVES = {stage: torch.tensor([0.5, torch.nan, 0.4, 0.1 * i], dtype=torch.float64) for i, stage in enumerate(STAGES)}
+CURVES = {stage: torch.tensor([0.5, torch.nan, 0.4, 0.1 * i], dtype=torch.float64)
+          for i, stage in enumerate(STAGES)}
 HAND = torch.tensor([[8, 2, 0], [0, 0, 0], [1, 0, 3]])
 
 
 # ------------------------------------------------------------------------------------------ figure 1
 
 def test_distance_figure_has_a_line_a_stage_and_a_bar_a_bin():
-    """mIoU in percent at the bins' middles, gaps where no object is, each stage's two numbers in the legend."""
+    """mIoU in percent at the bins' middles, gaps where no object is, each stage's two numbers in the
+    legend."""
     axes, behind = figures.distance_figure(CURVES, COUNTS).axes
     assert len(axes.lines) == 4
     for line, text, (stage, curve) in zip(axes.lines, axes.get_legend().get_texts(), CURVES.items()):
@@ -47,7 +50,8 @@ def test_distance_figure_has_a_line_a_stage_and_a_bar_a_bin():
 
 
 def test_lines_are_told_apart_without_colour():
-    """Another marker and another dash for every stage; and colours that differ in brightness from the white of the page."""
+    """Another marker and another dash for every stage; and colours that differ in brightness from the white
+    of the page."""
     assert set(figures.LINES) == set(evaluate.STAGES)
     for part in (0, 1, 2):
         assert len({style[part] for style in figures.LINES.values()}) == 4
@@ -56,7 +60,8 @@ def test_lines_are_told_apart_without_colour():
 
 
 def test_confusion_figure_shows_the_shares_of_rows_side_by_side():
-    """In percent, on one scale from 0 to 100; a class that the truth lacks is an empty row; class names on both axes."""
+    """In percent, on one scale from 0 to 100; a class that the truth lacks is an empty row; class names on
+    both axes."""
     other = torch.tensor([[5, 5, 0], [0, 9, 0], [0, 4, 0]])
     figure = figures.confusion_figure({"maskclip": HAND, "rectify": other}, ["a", "b", "c"])
     left, right, bar = figure.axes
@@ -67,13 +72,15 @@ def test_confusion_figure_shows_the_shares_of_rows_side_by_side():
         assert [text.get_text() for text in axes.get_xticklabels()] == ["a", "b", "c"]
         assert axes.get_xlabel() == "predicted class"
     assert np.ma.getmaskarray(left.images[0].get_array())[1].all()
-    assert "MaskCLIP, class preference" in left.get_title() and f"{scores.class_preference(other):.2f}" in right.get_title()
+    assert "MaskCLIP, class preference" in left.get_title()
+    assert f"{scores.class_preference(other):.2f}" in right.get_title()
     assert left.get_ylabel() == "true class" and "percent" in bar.get_ylabel()
 
 
 def test_many_classes_are_drawn_without_their_names():
     """150 names would be a grey stripe."""
-    left, *_ = figures.confusion_figure({"maskclip": torch.eye(150).long()}, [f"class {i}" for i in range(150)]).axes
+    left, *_ = figures.confusion_figure({"maskclip": torch.eye(150).long()},
+                                        [f"class {i}" for i in range(150)]).axes
     assert left.images[0].get_array().shape == (150, 150)
     assert not any("class" in text.get_text() for text in left.get_xticklabels())
 
@@ -101,12 +108,14 @@ def test_hypothesis_figure_shows_the_points_in_order_and_the_level_of_the_old_ru
 
 
 def test_points_of_one_kind_and_without_the_old_rule_are_enough(tmp_path):
-    [axes] = figures.hypothesis_figure(figures.read_points(written_points(tmp_path, {"r": [[0.25, 46]]}))).axes
+    points = figures.read_points(written_points(tmp_path, {"r": [[0.25, 46]]}))
+    [axes] = figures.hypothesis_figure(points).axes
     assert len(axes.lines) == 1 and "window ratio r" in axes.get_xlabel()
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", "7", '{"t": []}', '{"t": [1, 2]}', '{"t": [[1]]}', '{"t": [["a", 2]]}',
-                                     '{"t": [[NaN, 2]]}', '{"r": [[1, 2]], "whole image": "x"}', '{"whole image": 3}'])
+@pytest.mark.parametrize("content", [
+    "", "[]", "{}", "7", '{"t": []}', '{"t": [1, 2]}', '{"t": [[1]]}', '{"t": [["a", 2]]}',
+    '{"t": [[NaN, 2]]}', '{"r": [[1, 2]], "whole image": "x"}', '{"whole image": 3}'])
 def test_points_of_another_form_are_refused(tmp_path, content):
     path = written_points(tmp_path, content)
     with pytest.raises(ValueError, match=f"--points {path}: expected .* found something else"):
@@ -114,7 +123,8 @@ def test_points_of_another_form_are_refused(tmp_path, content):
 
 
 def test_points_that_are_not_there_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="expected a JSON file of measured points, found no such file"):
+    with pytest.raises(FileNotFoundError,
+                       match="expected a JSON file of measured points, found no such file"):
         figures.read_points(tmp_path / "points.json")
 
 
@@ -137,10 +147,12 @@ def test_heat_figure_shows_each_map_and_one_range_a_column():
             assert drawn.get_clim() == pytest.approx((together.min().item(), together.max().item()))
     for column, title in enumerate(figures.MAPS.values(), start=1):
         assert panels[0, column].get_title() == title
-        assert panels[3, column].get_xlim() == pytest.approx(panels[0, column].images[0].get_clim())    # the colour bar
+        # the colour bar
+        assert panels[3, column].get_xlim() == pytest.approx(panels[0, column].images[0].get_clim())
 
 
-@pytest.mark.parametrize("before, after, expected", [([0, 0, 1, 2], [0, 0, 1, 2], 0), ([0, 0, 0, 1], [0, 2, 2, 2], 2),
+@pytest.mark.parametrize("before, after, expected",
+                         [([0, 0, 1, 2], [0, 0, 1, 2], 0), ([0, 0, 0, 1], [0, 2, 2, 2], 2),
                                                      ([3, 3, 3, 0], [0, 0, 1, 0], 3)])
 def test_class_that_changes_most_is_the_one_whose_area_does(before, after, expected):
     assert figures.most_changed_class(torch.tensor([before]), torch.tensor([after])) == expected
@@ -158,7 +170,8 @@ def test_pairs_name_an_image_and_a_class():
 
 def noise(height, width):
     file = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)).save(file, format="PNG")
+    values = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(values).save(file, format="PNG")
     return file.getvalue()
 
 
@@ -168,7 +181,8 @@ def test_small_pictures_stay_as_they_are_and_large_ones_become_small_enough():
     found = figures.small_enough(noise(600, 800), 300_000)
     assert len(found) <= 300_000
     with Image.open(io.BytesIO(found)) as picture:
-        assert 300 < picture.height < 600 and picture.width / picture.height == pytest.approx(800 / 600, abs=0.01)
+        assert 300 < picture.height < 600
+        assert picture.width / picture.height == pytest.approx(800 / 600, abs=0.01)
     with Image.open(io.BytesIO(figures.small_enough(noise(400, 500), 300_000))) as picture:
         assert picture.size == (500, 400) and picture.mode == "P"               # 256 colours were enough
 
@@ -203,7 +217,8 @@ def test_figures_show_what_scores_measures(voc, monkeypatch):
     seen = {}
     for name in ("distance_figure", "confusion_figure", "heat_figure"):
         draw = getattr(figures, name)
-        monkeypatch.setattr(figures, name, lambda *args, name=name, draw=draw: seen.setdefault(name, args) and draw(*args))
+        monkeypatch.setattr(figures, name, lambda *args, name=name, draw=draw:
+                            seen.setdefault(name, args) and draw(*args))
     run(figures)
     written = run(scores)
     curves, counts, _ = seen["distance_figure"]
@@ -215,7 +230,8 @@ def test_figures_show_what_scores_measures(voc, monkeypatch):
     for stage, confusion in confusions.items():
         assert scores.rounded(scores.class_preference(confusion)) == written[stage]["class_preference"]
     [rows] = seen["heat_figure"]
-    assert len(rows) == 2 and all(set(maps) == set(figures.MAPS) for *_, maps in rows)      # both validation images
+    # both validation images
+    assert len(rows) == 2 and all(set(maps) == set(figures.MAPS) for *_, maps in rows)
     for _, name, maps in rows:
         assert name in names and torch.allclose(maps["rectified"], maps["query"] - maps["bias"])
 
@@ -241,7 +257,8 @@ def test_figure_5_shows_what_comes_after_vanilla_clip(voc, monkeypatch):
                         lambda *args, **more: seen.append((args, more)) or picture_sheet(*args, **more))
     run(figures, "--only", "5")
     [(args, more)] = seen
-    assert list(args[1]) == ["MaskCLIP", "ReCLIP++ rectified", "ReCLIP++ distilled"] and len(args[2]) == 2 and more["height"] > 144
+    assert list(args[1]) == ["MaskCLIP", "ReCLIP++ rectified", "ReCLIP++ distilled"]
+    assert len(args[2]) == 2 and more["height"] > 144
     assert os.listdir("runs/voc/figures") == ["figure5_results.png"]
 
 
@@ -261,7 +278,8 @@ def test_chosen_classes_on_chosen_images_are_drawn(voc, monkeypatch, capsys):
 
 
 def test_figures_that_cannot_be_drawn_are_left_out_by_name(place, tiny_clip, capsys):
-    """Without labels no figure 1, without a rectification no figure 4, without points no figure 3: it says why."""
+    """Without labels no figure 1, without a rectification no figure 4, without points no figure 3: it says
+    why."""
     write_photos(place / "photos", "a.jpg", "b.png", "in the sun/ü.webp")
     Path("names.txt").write_text("cat, kitty\nsofa\nwall\n")
     own = ["--data", "photos", "--classes", "names.txt", "--clip", tiny_clip]
@@ -276,7 +294,6 @@ def test_figures_that_cannot_be_drawn_are_left_out_by_name(place, tiny_clip, cap
 
 def test_steps_of_another_system_are_not_drawn_as_reclip_plus_plus(place, tiny_clip, capsys):
     """Figure 4 shows Eq. 2 to 4. Figures 1 and 5 are drawn, with the system's name."""
-    from helpers import write_voc_tree
     write_voc_tree(place / "data")
     run(paper_run, "no-bias", "--data", "voc", "--clip", tiny_clip, "--stage", "rectify")
     names = [path.name for path in run(figures)]

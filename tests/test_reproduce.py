@@ -1,4 +1,5 @@
-"""paper/reproduce.py, tables.py and reported.py: what is run, what is taken as it is, what is said of the numbers.
+"""paper/reproduce.py, tables.py and reported.py: what is run, what is taken as it is, what is said of the
+numbers.
 
     python -m pytest tests/test_reproduce.py
 
@@ -37,16 +38,20 @@ REAL_START = reproduce.start
 
 
 def in_this_process(command: list[str], log: Path, environment: dict) -> SimpleNamespace:
-    """In the place of `reproduce.start`: the command is run to its end, and looks like a process that has ended."""
-    script, *words = command
-    ended = SimpleNamespace(returncode=0, poll=lambda: 0, wait=lambda: 0)
+    """In the place of `reproduce.start`: the command is run to its end, and looks like a process that has
+    ended."""
+    (script, *words), code = command, 0
     with open(log, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         try:
             with errors.one_paragraph():
                 run(reproduce.SCRIPTS[script], *words)
         except SystemExit as stop:
-            ended.returncode, ended.poll = stop.code, lambda: stop.code
-    return ended
+            code = stop.code
+    return ended_with(code)
+
+
+def ended_with(code: int) -> SimpleNamespace:
+    return SimpleNamespace(returncode=code, poll=lambda: code)
 
 
 @pytest.fixture
@@ -82,12 +87,13 @@ def test_nine_tables_and_four_figures_can_be_asked_for():
 
 @pytest.mark.parametrize("name", [*systems.SYSTEMS, *SWEEPS])
 def test_commands_of_every_run_are_those_of_the_scripts(name):
-    """Their flags are known, a stage that it does not have is not asked of it, its folder's name is one everywhere."""
+    """Their flags are known, a stage that it does not have is not asked of it, its folder's name is one
+    everywhere."""
     made = reproduction("--epochs", "3", data="toyland")
-    of_stage_1, of_stage_2 = (f"{name}/rectify/miou", f"{name}/distill/miou")
-    stages = [of_stage_1] * (not systems.SYSTEMS.get(name, distill.System()).teacher) + [of_stage_2] * (name not in SWEEPS)
-    for cell in stages:
-        for job in reproduce.jobs_of(tuple(cell.split("/")), seed=1):
+    cells = [] if reproduce.system_of(name).teacher else [(name, "rectify", "miou")]
+    cells += [] if name in SWEEPS else [(name, "distill", "miou")]
+    for cell in cells:
+        for job in reproduce.jobs_of(cell, seed=1):
             script, *words = made.command(job)
             args = reproduce.SCRIPTS[script].flags().parse_args(words)
             assert (args.seed, args.epochs, args.resume) == (1, 3, True)
@@ -116,14 +122,16 @@ def test_every_cell_can_be_measured():
 
 def test_cited_systems_have_numbers_and_nothing_to_run():
     """Tables I and II are whole: twelve rows in each beside what the paper does not have."""
-    for name, cited in (("table1", ["IIC", "SegSort", "DSM", "HSG", "ACSeg", "MaskContrast", "EAGLE", "DepthSeg"]),
+    for name, cited in (("table1", ["IIC", "SegSort", "DSM", "HSG", "ACSeg", "MaskContrast", "EAGLE",
+                                    "DepthSeg"]),
                         ("table2", ["CLIPpy", "ReCo", "ReCo without context elimination", "CLIP-S4"])):
         rows = TABLES[name].rows
         assert [row.title for row in rows if row.cell is None] == cited
         assert all(row.paper for row in rows if row.cell is None or "not in the paper" not in row.title)
         assert all(not row.paper for row in rows if "not in the paper" in row.title)
     lines = tables.table_lines(TABLES["table1"], {}, "coco")
-    assert "| ReCLIP++ rectified | 21.2 |  |  |" in lines and any("20.9 in Table II" in line for line in lines)
+    assert "| ReCLIP++ rectified | 21.2 |  |  |" in lines
+    assert any("20.9 in Table II" in line for line in lines)
 
 
 def test_table_vii_compares_the_rectification_stage():
@@ -140,14 +148,16 @@ def test_table_vii_compares_the_rectification_stage():
         ("reclip", "rectify", "space_preference"): {"voc": -.41},
         ("reclip++", "rectify", "space_preference"): {"voc": -.29}}
     assert all("not in the paper" in row.title for row in rows if not row.paper)
-    assert {row.cell[2] for row in rows if not row.paper} == {"class_preference", "space_preference", "space_slope"}
+    assert {row.cell[2] for row in rows if not row.paper} == {"class_preference", "space_preference",
+                                                              "space_slope"}
     for claim in CLAIMS:
         if claim.source == "table7":
             assert {claim.better, *claim.worse} <= of_paper.keys()
 
 
 def test_papers_own_numbers_bear_out_every_claim():
-    """Where the paper gives both numbers, its difference is positive: no claim is stated the wrong way round."""
+    """Where the paper gives both numbers, its difference is positive: no claim is stated the wrong way
+    round."""
     known = [(claim, tables.in_paper(claim, data)) for claim in CLAIMS for data in ("toyland", "voc")]
     assert len({claim.text for claim, said in known if said}) >= 20
     assert [claim.text for claim, said in known if said.startswith("−")] == []
@@ -179,7 +189,8 @@ def test_figure_3_has_the_recipes_own_point():
 
 def test_one_number_needs_its_trainings_in_order():
     jobs_of = reproduce.jobs_of
-    assert jobs_of(("own-head", "distill", "miou"), 3) == [Job("reclip++", "rectify", 3), Job("own-head", "distill", 3)]
+    assert jobs_of(("own-head", "distill", "miou"), 3) == [Job("reclip++", "rectify", 3),
+                                                           Job("own-head", "distill", 3)]
     assert jobs_of(("reclip", "distill", "class_preference"), 0) == [
         Job("reclip", "rectify", 0), Job("reclip", "distill", 0), Job("reclip", "scores", 0)]
     assert jobs_of(("maskclip+", "distill", "miou"), 0) == [Job("maskclip+", "distill", 0)]
@@ -220,19 +231,22 @@ def test_difference_is_to_the_best_rival_seed_by_seed():
 
 
 def test_table_shows_paper_and_ours_side_by_side():
-    rows = (Row("one", CELL, {"voc": 73.5, "context": 34.0}), Row("two", OTHER, {"voc": 1.0}), Row("cited", None, {"voc": 2.0}))
+    rows = (Row("one", CELL, {"voc": 73.5, "context": 34.0}), Row("two", OTHER, {"voc": 1.0}),
+            Row("cited", None, {"voc": 2.0}))
     table = Table("T", rows)
     *_, head, _, one, two, cited, _ = tables.table_lines(table, {CELL: [1.0, 2.0], OTHER: [-3.0]}, "toyland")
     assert head == "| | VOC (paper) | Context (paper) | toyland (ours) | each seed |"
     assert one == "| one | 73.5 | 34.0 | 1.5 ± 0.7 | 1.0 2.0 |" and two == "| two | 1.0 |  | −3.0 |  |"
     assert cited == "| cited | 2.0 |  |  |  |"
     *_, head, _, one, two, cited, _ = tables.table_lines(table, {}, "context-voc-first")
-    assert head == "| | Context (paper) | context-voc-first (ours) | each seed |" and one == "| one | 34.0 |  |  |"
+    assert head == "| | Context (paper) | context-voc-first (ours) | each seed |"
+    assert one == "| one | 34.0 |  |  |"
 
 
 def test_numbers_of_others_are_not_called_the_papers():
     _, _, head, *rows = tables.table_lines(TABLES["release"], {}, "voc")
-    assert head == "| | VOC (reported) | voc (ours) | each seed |" and "| the authors' later release | 85.4 |  |  |" in rows
+    assert head == "| | VOC (reported) | voc (ours) | each seed |"
+    assert "| the authors' later release | 85.4 |  |  |" in rows
 
 
 def test_claims_are_counted_the_papers_and_ours_apart():
@@ -241,17 +255,20 @@ def test_claims_are_counted_the_papers_and_ours_apart():
               Claim("bias", "c", CELL, (OTHER,)), Claim("bias", "d", CELL, (stage_1("reclip"),))]
     *_, count, _ = tables.claim_lines(claims, values, "toyland")
     assert count == "2 of 3 held: 1 of 2 of the paper's, 1 of 1 of ours. 1 have not been run."
-    assert tables.claim_lines(claims, {}, "toyland")[-2] == "Nothing has been run." and tables.claim_lines([], {}, "x") == []
+    assert tables.claim_lines(claims, {}, "toyland")[-2] == "Nothing has been run."
+    assert tables.claim_lines([], {}, "x") == []
 
 
 def test_results_of_toyland_are_those_that_tables_py_writes(tmp_path, capsys):
-    """paper/results/toyland.md and the verdicts in toyland.json are of these numbers and of today's claims."""
+    """paper/results/toyland.md and the verdicts in toyland.json are of these numbers and of today's
+    claims."""
     folder = ROOT / "paper/results"
     for path in (folder / "toyland.json", *folder.glob("figure*.png")):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     tables.main(tables.flags().parse_args([str(tmp_path / "toyland.json")]))
     for name in ("toyland.json", "toyland.md"):
-        assert (tmp_path / name).read_text() == (folder / name).read_text(), f"python paper/tables.py paper/results/toyland.json"
+        assert (tmp_path / name).read_text() == (folder / name).read_text(), \
+            "python paper/tables.py paper/results/toyland.json"
     known = {"/".join(cell) for cell in reproduce.cells_of(list(WHAT), list(CLAIMS))}
     assert set(json.loads((folder / "toyland.json").read_text())["values"]) <= known
     (tmp_path / "other.json").write_text("[]")
@@ -263,12 +280,14 @@ def test_results_of_toyland_are_those_that_tables_py_writes(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_tables_and_claims_from_nothing_and_nothing_twice(voc, capsys):
-    """Numbers are those of the stages' own files; the second call trains nothing; a lost checkpoint is made again."""
+    """Numbers are those of the stages' own files; the second call trains nothing; a lost checkpoint is made
+    again."""
     values = run(reproduce, "table5", "table9", *voc, "--seeds", "2")
     said = capsys.readouterr().out
     for cell, found in values.items():
         name, stage, _ = cell
-        expected = [json.loads(Path("runs/reproduce/voc", name, str(seed), "voc", stage, "metrics.json").read_text())["miou"]
+        expected = [json.loads(Path("runs/reproduce/voc", name, str(seed), "voc", stage,
+                                    "metrics.json").read_text())["miou"]
                     for seed in range(2)]
         assert found == expected == results()["values"]["/".join(cell)]
     of_v, *_ = [claim for claim in CLAIMS if claim.source == "table5"]
@@ -277,7 +296,8 @@ def test_tables_and_claims_from_nothing_and_nothing_twice(voc, capsys):
     assert np.allclose(found["differences"], expected) and f"| {of_v.text} | +1.1 (VOC) |" in said
     assert Path("runs/reproduce/voc/results.md").read_text() in said
     before = checkpoints()
-    assert len(before) == 2 * (2 + 1 + 3 * 2)           # ReCLIP++ in two stages, addition, three heads with their teacher
+    # ReCLIP++ in two stages, addition, three heads with their teacher
+    assert len(before) == 2 * (2 + 1 + 3 * 2)
     assert run(reproduce, "table5", "table9", *voc, "--seeds", "2") == values and checkpoints() == before
     lost = Path("runs/reproduce/voc/addition/1/voc/rectify/checkpoint.pt")
     lost.unlink()
@@ -309,7 +329,8 @@ def test_figures_come_with_their_tables(voc):
     assert "probe" in json.loads((folder / "reclip++/0/voc/scores/scores.json").read_text())["distill"]
     values = results()["values"]
     assert "reclip++/distill/probe" in values and "maskclip+/distill/space_preference" in values
-    assert {f"{name}/rectify/{measure}" for name in ("reclip", "reclip++") for measure in MEASURES[2:]} <= values.keys()
+    assert {f"{name}/rectify/{measure}" for name in ("reclip", "reclip++")
+            for measure in MEASURES[2:]} <= values.keys()
 
 
 def test_run_with_other_numbers_is_refused(voc, capsys):
@@ -318,16 +339,17 @@ def test_run_with_other_numbers_is_refused(voc, capsys):
     said = refusal(capsys, reproduce, "table5", *voc, "--seeds", "1", "--epochs", "1")
     assert "'epochs': 1" in said and "'epochs': 2" in said and "--out" in said
     assert "expected one or more of stages, table1" in refusal(capsys, reproduce, "table10", *voc)
-    assert "expected toyland or another whose labels are known" in refusal(capsys, reproduce, "--data", "photos")
+    said = refusal(capsys, reproduce, "--data", "photos")
+    assert "expected toyland or another whose labels are known" in said
 
 
 def typed(said: str) -> None:
     """Run what --plan prints, line by line, as somebody would."""
-    for line in said.splitlines():
-        command, *words = shlex.split(line) or [""]
+    for line in re.findall(r"^(?:python|mkdir|cp) .*", said, flags=re.M):
+        command, *words = shlex.split(line)
         if command == "python":
             assert in_this_process(words, Path(os.devnull), {}).returncode == 0, line
-        elif command in ("mkdir", "cp"):
+        else:
             subprocess.run([command, *words], check=True)
 
 
@@ -344,7 +366,8 @@ def test_plan_runs_nothing_and_names_commands_that_work(voc, capsys):
 
 
 def test_plan_of_a_student_copies_its_teacher(voc, capsys):
-    """Typed one after another the commands give what a reproduction gives, which then has nothing left to do."""
+    """Typed one after another the commands give what a reproduction gives, which then has nothing left to
+    do."""
     run(reproduce, "table8", *voc, "--seeds", "1", "--epochs", "1", "--plan")
     typed(capsys.readouterr().out)
     before = checkpoints()
@@ -369,12 +392,13 @@ def test_student_of_another_teacher_and_run_on_other_images_are_refused(voc, cap
         path = Path("runs/reproduce/voc/loss-mask/0/voc/distill/checkpoint.pt")
         files.save(path, files.read(path) | {"settings": files.read(path)["settings"] | {"teacher": 1}})
         metrics = json.loads(path.with_name("metrics.json").read_text())
-        metrics["fingerprint"]["weights"] = sha256(path)[:16]           # measured, and all is well but for the teacher
+        metrics["fingerprint"]["weights"] = sha256(path)[:16]  # measured, and all is well but for the teacher
         path.with_name("metrics.json").write_text(json.dumps(metrics))
     assert said in refusal(capsys, reproduce, "table8", *voc, "--seeds", "1")
 
 
-@pytest.mark.parametrize("change", ["weights", "images", "precision", "refinements", "not JSON", "no such measure"])
+@pytest.mark.parametrize("change", ["weights", "images", "precision", "refinements", "not JSON",
+                                    "no such measure"])
 def test_numbers_of_something_else_are_measured_again(voc, change):
     """metrics.json says what it is of; what is not of this checkpoint and these labels does not count."""
     run(reproduce, "table5", *voc, "--seeds", "1")
@@ -414,7 +438,8 @@ def raise_on_purpose():
 
 @pytest.mark.slow
 def test_failure_stops_nothing_but_what_needs_it(voc, monkeypatch, capsys):
-    """The rest is run and written; the failure is told at the end; the same command tries it again, and nothing else."""
+    """The rest is run and written; the failure is told at the end; the same command tries it again, and
+    nothing else."""
     def step(*args):
         raise_on_purpose()
 
@@ -434,8 +459,11 @@ def test_failure_stops_nothing_but_what_needs_it(voc, monkeypatch, capsys):
 def test_what_needs_what_needs_a_failure_is_left_out_too(voc, monkeypatch):
     """A teacher fails: neither its student nor what measures that is started."""
     started = []
-    monkeypatch.setattr(reproduce, "start", lambda command, log, environment: started.append(command)
-                        or log.write_text("error: no") or SimpleNamespace(poll=lambda: 2, returncode=2))
+    def start(command, log, environment):
+        started.append(command)
+        log.write_text("error: no")
+        return ended_with(2)
+    monkeypatch.setattr(reproduce, "start", start)
     made = reproduction(*voc)
     made.open()
     jobs = reproduce.plan([("own-head", "distill", "class_preference"), stage_1("addition")], 1)
@@ -470,7 +498,8 @@ def test_processes_are_stopped_when_nobody_reads_what_is_printed(voc, monkeypatc
 
 @pytest.mark.slow
 def test_processes_give_what_one_process_gives(voc, capsys, monkeypatch):
-    """Measured by two processes at a time after the trainings were made in this one, whose recipes are the tests'."""
+    """Measured by two processes at a time after the trainings were made in this one, whose recipes are the
+    tests'."""
     values = run(reproduce, "stages", "table7", *voc, "--seeds", "1")
     for name in ("evaluate/metrics.json", "scores/scores.json"):
         for path in Path("runs/reproduce/voc").glob(f"*/0/voc/{name}"):
@@ -501,7 +530,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)        # whatever the t
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 from pathlib import Path
 from paper import reproduce
-made = reproduce.Reproduction(reproduce.flags().parse_args(["--data", "voc", "--out", {out!r}, "--jobs", "1"]))
+flags = ["--data", "voc", "--out", {out!r}, "--jobs", "1"]
+made = reproduce.Reproduction(reproduce.flags().parse_args(flags))
 made.setup = type("Setup", (), dict(device=type("D", (), dict(type="cpu")), vocabulary=type("V", (), dict(
     names=reproduce.DATASETS["voc"].names))))
 made.labels = ["one"]
@@ -570,7 +600,8 @@ def test_bias_that_is_no_map_of_its_own_is_refused(voc, capsys):
 # ---------------------------------------------------------------------------- the page of the real datasets
 
 def rows_of_real_datasets() -> list[str]:
-    """A line for every number that the paper gives: table, row, paper's, ours (nothing), the command that fills it."""
+    """A line for every number that the paper gives: table, row, paper's, ours (nothing), the command that
+    fills it."""
     lines = []
     for data, title in tables.NAMES.items():
         lines += [f"### {title}", "", "| table | | paper | ours | command |", "|---|---|---|---|---|"]
@@ -578,8 +609,9 @@ def rows_of_real_datasets() -> list[str]:
             for row in table.rows if name != "stages" and table.source == "paper" else ():
                 if data in row.paper:
                     number = tables.shown(row.paper[data], table.digits)
-                    command = f"`python paper/reproduce.py {name} --data {data}`" if row.cell else "cited, not run"
-                    lines.append(f"| {table.title.split(':')[0].split(' (')[0].split(' class')[0]} | {row.title} | {number} | | {command} |")
+                    command = f"`python paper/reproduce.py {name} --data {data}`" if row.cell else "–"
+                    title = table.title.split(":")[0]
+                    lines.append(f"| {title} | {row.title} | {number} | | {command} |")
         lines.append("")
     return lines
 

@@ -103,7 +103,8 @@ def test_help_answers_at_once_without_torch_and_without_a_network(tmp_path, scri
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("usage:") and "--debug" in result.stdout
     # What only measures or segments draws nothing at random.
-    assert ("--seed" in result.stdout) == (script not in ("evaluate", "segment"))
+    without = ("evaluate", "segment", "paper/tables", "paper/bias")
+    assert ("--seed" in result.stdout) == (script not in without)
     assert after.children_user + after.children_system - before.children_user - before.children_system < 2
     assert list(tmp_path.iterdir()) == []
 
@@ -321,12 +322,14 @@ def test_broken_images_are_skipped_counted_and_listed_where_asked(photos, capsys
     assert "found none of 7 that can be read" in said
 
 
-def test_labels_among_the_photos_are_refused(photos, capsys):
-    """A folder of index pictures inside the folder of photos would be trained on."""
+def test_labels_among_the_photos_are_left_out_and_told(photos, capsys):
+    """A folder of index pictures inside the folder of photos must not be trained on: the same weights as without."""
+    run(rectify, *photos, "--out", "without")
     write_label(Path("photos/labels/z.png"), np.zeros((40, 56)))
-    said = refusal(capsys, rectify, *photos)
-    assert "photos/labels/z.png, an index picture with the name of photos/z.tif" in said
-    assert "--labels" in said
+    capsys.readouterr()
+    run(rectify, *photos)
+    assert "photos: 5 photographs. Left out: 1 masks, as their names say (labels/z.png)." in capsys.readouterr().out
+    assert same_weights(weights_of("rectify", name="photos"), weights_of("rectify", "without", "photos"))
 
 
 def test_two_folders_of_one_name_are_told_apart(photos, capsys):

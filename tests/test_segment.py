@@ -5,7 +5,10 @@
     K classes and background words · H,W pixels
 """
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +17,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import distill
+import evaluate
 import rectify
 import segment
+from conftest import ROOT
 from datasets import IGNORE, words
 from helpers import SMALLEST, photo, quick_recipes, refusal, run, write_openai_archive, write_photos
 from toyland import world
@@ -31,16 +37,16 @@ def test_background_modes(mode, expected):
     assert segment.parse_background(mode) == expected
 
 
-@pytest.mark.parametrize("mode", ["", "no", "none: x", "words", "words:", "words: ,", "threshold", "threshold:",
-                                  "threshold: 0", "threshold: 1", "threshold: -0.1", "threshold: nan",
-                                  "threshold: half", "0.5"])
+@pytest.mark.parametrize("mode", ["", "no", "none: x", "words", "words:", "words: ,", "threshold",
+                                  "threshold:", "threshold: 0", "threshold: 1", "threshold: -0.1",
+                                  "threshold: nan", "threshold: half", "0.5"])
 def test_other_background_is_refused(mode):
     with pytest.raises(ValueError, match="--background: expected none, .*; found") as error:
         segment.parse_background(mode)
     assert repr(mode) in str(error.value)
 
 
-# -------------------------------------------------------------------------------- logits → classes and background
+# --------------------------------------------------------------------------- logits → classes and background
 
 def random_logits(channels=4):
     return torch.randn(1, channels, 3, 5, generator=torch.Generator().manual_seed(0))
@@ -122,7 +128,7 @@ def test_words_on_the_command_line(place, tiny_clip, capsys):
     index = index_of()
     assert index.shape == (40, 56) and set(np.unique(index)) <= {0, 1, 2}
     with Image.open("runs/segment/my cat_index.png") as picture:
-        assert picture.getpalette()[:9] == [channel for colour in words.distinct_colours(3) for channel in colour]
+        assert picture.getpalette()[:9] == np.array(words.distinct_colours(3)).flatten().tolist()
     with Image.open(path) as page:
         colours = {colour for _, colour in page.convert("RGB").getcolors(1 << 20)}
         assert set(words.distinct_colours(3)) <= colours and page.height > 160
@@ -156,12 +162,37 @@ def test_photo_is_segmented_upright(place, tiny_clip):
     assert index_of(name="turned").shape == (56, 40)
 
 
+def test_two_photos_of_one_name_do_not_overwrite_each_other(place, tiny_clip, capsys):
+    """The second gets its folder's name in front, a third its folders'; the same photo again replaces its own."""
+    photos = ["a/cat.jpg", "b/cat.jpg", "c/b/cat.jpg", "a/cat.png"]
+    write_photos(place, *photos)
+    for _ in range(2):
+        for path in photos:
+            run(segment, path, "--classes", "cat, sofa", "--clip", tiny_clip)
+    names = ["a_cat", "b_cat", "c_b_cat", "cat"]
+    assert sorted(os.listdir("runs/segment")) == [f"{name}_{kind}.png" for name in names
+                                                  for kind in ("index", "overlay")]
+    assert "runs/segment/cat_index.png is of another photo called cat, and stays" in capsys.readouterr().out
+    pictures = [index_of(name=name) for name in ("cat", "b_cat", "c_b_cat", "a_cat")]
+    for path, found in zip(photos, pictures):
+        run(segment, path, "--classes", "cat, sofa", "--clip", tiny_clip, "--out", f"alone/{path}")
+        assert np.array_equal(found, index_of(f"alone/{path}/segment", name="cat"))
+
+
+def test_an_index_picture_that_is_damaged_is_replaced(place, tiny_clip):
+    Path("runs/segment").mkdir(parents=True)
+    Path("runs/segment/my cat_index.png").write_bytes(b"half a picture")
+    run(segment, "my cat.jpg", "--classes", "cat, sofa", "--clip", tiny_clip)
+    assert index_of().shape == (40, 56) and len(os.listdir("runs/segment")) == 2
+
+
 def test_background_words_are_255_in_the_index(place, tiny_clip, capsys):
-    """With words: pixels that fit them better than the classes; the rest keep their classes. (A PNG with a palette
-    of two colours would have one bit a pixel, and 255 would come back as 1.)"""
+    """With words: pixels that fit them better than the classes; the rest keep their classes. (A PNG with a
+    palette of two colours would have one bit a pixel, and 255 would come back as 1.)"""
     run(segment, "my cat.jpg", "--classes", "cat, sofa, wall, road", "--clip", tiny_clip)
     four = index_of()
-    run(segment, "my cat.jpg", "--classes", "cat, sofa", "--background", "words: wall, road", "--clip", tiny_clip)
+    run(segment, "my cat.jpg", "--classes", "cat, sofa", "--background", "words: wall, road",
+        "--clip", tiny_clip)
     assert np.array_equal(index_of(), np.where(four >= 2, IGNORE, four))
     assert ("(background)" in capsys.readouterr().out) == bool((four >= 2).any())
 
@@ -219,6 +250,120 @@ def test_without_a_photo_a_scene_of_toyland_is_shown(place, tiny_clip, monkeypat
     run(segment, "--clip", tiny_clip)
     assert index_of(name="toyland").shape == world.SCENE
     assert "16 classes: sky, grass" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------ in another program
+
+@pytest.fixture
+def distilled(trained):
+    run(distill)
+    return trained
+
+
+def test_segmenter_gives_what_the_script_writes(distilled):
+    """For one image as for a list of them, whatever their sizes; names and colours in the order of the values."""
+    segmenter = segment.Segmenter(device="cpu")
+    assert segmenter.names == ["cat", "sofa", "wall"] and segmenter.stage == "distill"
+    images = [Image.open("my cat.jpg"), photo(31, 90, seed=3), photo(8, 8).convert("L")]
+    found = segmenter(images)
+    assert [one.shape for one in found] == [(40, 56), (31, 90), (8, 8)]
+    assert all(one.dtype == np.uint8 and np.array_equal(one, segmenter(image)) for one, image in zip(found, images))
+    run(segment, "my cat.jpg")
+    assert np.array_equal(index_of(), found[0])
+
+
+def test_segmenter_takes_the_flags_as_keywords_and_nothing_else(distilled):
+    segmenter = segment.Segmenter(data="photos", stage="maskclip", background="threshold: 0.9", device="cpu")
+    run(segment, "my cat.jpg", "--data", "photos", "--stage", "maskclip", "--background", "threshold: 0.9")
+    assert np.array_equal(segmenter(Image.open("my cat.jpg")), index_of()) and (index_of() == IGNORE).any()
+    with pytest.raises(TypeError, match="Segmenter: expected .*classes.*, found colour, tile"):
+        segment.Segmenter(tile=3, colour="red")
+
+
+def read_export(path: Path) -> tuple:
+    """An exported student as another program has it, (1, 3, H, W) → (1, C, h, w), and its metadata."""
+    if path.suffix == ".pt2":
+        about = {"metadata.json": ""}
+        program = torch.export.load(path, extra_files=about).module()
+        return program, json.loads(about["metadata.json"])
+    session = pytest.importorskip("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
+    about = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
+    return lambda image: torch.from_numpy(session.run(None, {"image": image.numpy()})[0]), about
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", ["pt2", "onnx"])
+def test_exported_student_is_used_as_its_metadata_says(distilled, ending):
+    """By hand, from nothing but the file: the very classes that segment.py writes, for photos of three sizes."""
+    if ending == "onnx":
+        pytest.importorskip("onnxscript")
+    path = run(segment, "--export", f"made/student.{ending}")
+    assert path == Path(f"made/student.{ending}") and not Path("runs/segment").exists()
+    program, about = read_export(path)
+    assert about["classes"] == ["cat", "sofa", "wall"] and len(about["colours"]) == 3
+    for number, size in enumerate(((40, 56), (90, 31), (33, 33))):
+        photo(*size, seed=number).save(f"{number}.png")
+        run(segment, f"{number}.png")
+        image = torch.from_numpy(np.array(Image.open(f"{number}.png"))).permute(2, 0, 1)[None].float() / 255
+        scale = min(about["short_side"] / min(size), about["longest_side"] / max(size))
+        sides = [about["multiple"] * max(1, round(scale * side / about["multiple"])) for side in size]
+        small = F.interpolate(image, size=sides, mode="bilinear", antialias=True)
+        with torch.no_grad():
+            logits = program(small)
+        assert logits.shape == (1, 3, -(-sides[0] // 8), -(-sides[1] // 8))
+        best = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)[0].argmax(dim=0)
+        assert (best.numpy() == index_of(name=str(number))).mean() > 0.98       # 8 bits of the resized photo
+
+
+@pytest.mark.parametrize("flags, parts", [
+    (["--export", "a.pt2", "--stage", "rectify"], ["--export a.pt2: expected a distilled student", "distill.py"]),
+    (["--export", "a.bin"], ["--export a.bin: expected a name that ends with .pt2 or .onnx, found '.bin'"])])
+def test_export_of_something_else_is_refused(distilled, capsys, flags, parts):
+    said = refusal(capsys, segment, *flags)
+    assert all(part in said for part in parts) and not list(Path().glob("a.*"))
+
+
+# ------------------------------------------------------------------------------------------ large photographs
+
+LARGE = """
+import resource, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import segment
+from PIL import Image
+Image.new("RGB", (8660, 5774), (90, 120, 200)).save("large.png")            # 50 megapixels
+words = ", ".join(f"thing number {{i}}" for i in range(20))
+flags = ["--classes", words, "--clip", {clip!r}, "--device", "cpu", *{background!r}]
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+segment.main(segment.flags().parse_args(["large.png", *flags]))
+print("KIB", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts KiB as Linux does")
+@pytest.mark.parametrize("background", [[], ["--background", "threshold: 0.5"]], ids=["", "threshold"])
+def test_photo_of_50_megapixels_and_20_words_need_less_than_3_gib(place, tiny_clip, background):
+    """All 20 maps at the photo's size would be 4 GB, and the softmax as much again."""
+    program = LARGE.format(root=str(ROOT), tests=str(ROOT / "tests"), clip=str(tiny_clip), background=background)
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    grown = int(ended.stdout.split("KIB ")[1])
+    assert grown < 3 * 2 ** 20, f"{grown / 2 ** 20:.2f} GiB"
+    with Image.open("runs/segment/large_index.png") as picture:
+        assert picture.size == (8660, 5774)
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has a total capacity of …"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: can't allocate memory: you tried"),
+    MemoryError()], ids=["GPU", "CPU", "Python"])
+def test_too_little_memory_is_said_in_one_paragraph(place, tiny_clip, monkeypatch, capsys, error):
+    def full(*_, **__):
+        raise error
+
+    monkeypatch.setattr(evaluate, "best_class", full)
+    said = refusal(capsys, segment, "my cat.jpg", "--classes", "cat, sofa", "--clip", tiny_clip)
+    assert "expected enough memory" in said and "--device" in said and len(said.splitlines()) == 1
 
 
 # ------------------------------------------------------------------------------------------ errors
