@@ -1,4 +1,5 @@
-"""A script with `--precision bf16` on a processor without bfloat16: slow, but with the numbers of one with it.
+"""A script with `--precision bf16` on a processor without bfloat16: slow, but with the numbers of one with
+it.
 
     python benchmarks/bfloat16.py rectify.py --out runs-bf16
 

@@ -20,8 +20,7 @@ if __name__ == "__main__":
     sys.path[0] = str(PROJECT)              # modules are named from the project's folder
 
 from harness import errors, flags as common
-from paper.reported import (CLAIMS, FIGURES, MEASURES, RATIOS, SWEEPS, TABLES, THRESHOLDS, WHAT, Cell, Claim,
-                            stage_1)
+from paper.reported import FIGURES, MEASURES, RATIOS, SWEEPS, TABLES, THRESHOLDS, WHAT, Cell, Claim, stage_1
 
 
 def flags() -> argparse.ArgumentParser:

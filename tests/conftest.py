@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-os.environ["TQDM_DISABLE"] = "1"            # read when tqdm is imported: bars would fill the logs of the tests
+os.environ["TQDM_DISABLE"] = "1"           # read when tqdm is imported: bars would fill the logs of the tests
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]

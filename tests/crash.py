@@ -4,8 +4,8 @@
 
 The three trainings (rectify, distill, toyland/pretrain) run in Toyland at its smallest, through the scripts'
 own `main` and the measuring that follows, each in a process of its own. These are forked from this one, so
-that none waits for torch to be imported: half of the random moments would otherwise hit the import. Nothing is
-computed in this process (a fork does not inherit threads).
+that none waits for torch to be imported: half of the random moments would otherwise hit the import. Nothing
+is computed in this process (a fork does not inherit threads).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What several test files share: random CLIP weights, files in OpenAI's format, and a measure of difference.
 
-Weights are random but never zero and never one: an initialisation that leaves biases at 0 and LayerNorm at 1 would hide
-a forgotten bias or a swapped norm from every parity test.
+Weights are random but never zero and never one: an initialisation that leaves biases at 0 and LayerNorm at 1
+would hide a forgotten bias or a swapped norm from every parity test.
 """
 
 from __future__ import annotations
@@ -37,10 +37,13 @@ def unit(*shape: int, dim: int = -1, seed: int = 0) -> Tensor:
     return F.normalize(random(*shape, seed=seed), dim=dim)
 
 
-def openai_shapes(*, width=768, layers=12, patch=16, resolution=224, embed_dim=512, text_width=512, text_layers=12,
+def openai_shapes(*, width=768, layers=12, patch=16, resolution=224, embed_dim=512, text_width=512,
+                  text_layers=12,
                   text_vocab=49408) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a ViT CLIP, as OpenAI's release has them. The defaults are ViT-B/16."""
-    shapes = {"positional_embedding": (77, text_width), "text_projection": (text_width, embed_dim), "logit_scale": (),
+    """Name and shape of every tensor of a ViT CLIP, as OpenAI's release has them. The defaults are
+    ViT-B/16."""
+    shapes = {"positional_embedding": (77, text_width), "text_projection": (text_width, embed_dim),
+              "logit_scale": (),
               "visual.class_embedding": (width,),
               "visual.positional_embedding": (1 + (resolution // patch) ** 2, width),
               "visual.proj": (width, embed_dim), "visual.conv1.weight": (width, 3, patch, patch),
@@ -69,19 +72,23 @@ def openai_state(*, seed=0, **sizes) -> dict[str, Tensor]:
 
 
 def write_openai_archive(path: str | Path, *, width=768, layers=12, patch=16, resolution=224, embed_dim=512,
-                         text_width=512, text_layers=12, seed=0, half=True, text_vocab=49408) -> dict[str, Tensor]:
-    """Write a file in the format of OpenAI's release and return the float32 state dict that should come out of it.
+                         text_width=512, text_layers=12, seed=0, half=True,
+                         text_vocab=49408) -> dict[str, Tensor]:
+    """Write a file in the format of OpenAI's release and return the float32 state dict that should come out
+    of it.
 
-    That is a TorchScript archive of a module tree with OpenAI's names. Besides the weights it holds, as theirs do, three
-    sizes as buffers; and in the text tower's blocks the causal mask, which OpenAI's code keeps as a plain attribute: an
-    archive stores such tensors too, though they are no weights, and a reader has to cope. `half` rounds to float16 what
-    OpenAI rounds: matrices and their biases; norms, embeddings and logit_scale stay in float32.
+    That is a TorchScript archive of a module tree with OpenAI's names. Besides the weights it holds, as
+    theirs do, three sizes as buffers; and in the text tower's blocks the causal mask, which OpenAI's code
+    keeps as a plain attribute: an archive stores such tensors too, though they are no weights, and a reader
+    has to cope. `half` rounds to float16 what OpenAI rounds: matrices and their biases; norms, embeddings and
+    logit_scale stay in float32.
     """
     state = openai_state(width=width, layers=layers, patch=patch, resolution=resolution, embed_dim=embed_dim,
                          text_width=text_width, text_layers=text_layers, text_vocab=text_vocab, seed=seed)
     if half:
         kept = ("ln_", "embedding", "logit_scale")
-        state = {name: tensor if any(word in name for word in kept) else tensor.half() for name, tensor in state.items()}
+        state = {name: tensor if any(word in name for word in kept) else tensor.half() for name,
+                 tensor in state.items()}
 
     tree = nn.Module()
     for name, tensor in state.items():
@@ -119,14 +126,16 @@ def toy_setup(out: Path, **flags):
 
 # ------------------------------------------------------------------------------------------ small datasets on disk
 
-# A CLIP for whole runs of the scripts: every size at its least, yet OpenAI's architecture and the real tokenizer.
+# A CLIP for whole runs of the scripts: every size at its least, yet OpenAI's architecture and the real
+# tokenizer.
 SMALLEST = dict(width=64, layers=2, patch=8, resolution=32, embed_dim=24, text_width=64, text_layers=1)
 VOC_BASE = Path("VOCdevkit", "VOC2012")
 
 
 def photo(height: int = 40, width: int = 56, seed: int = 0) -> Image.Image:
     """A random picture of soft blobs: what JPEG keeps of it is not noise."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (1 + height // 8, 1 + width // 8, 3), dtype=np.uint8)
+    coarse = np.random.default_rng(seed).integers(0, 256, (1 + height // 8, 1 + width // 8, 3),
+                                                  dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
@@ -147,7 +156,8 @@ def write_label(path: Path, values: np.ndarray) -> None:
 
 
 def voc_colour(index: int) -> tuple[int, int, int]:
-    """VOC's colour of a label value: its bits in threes, spread over red, green and blue from the top bit down."""
+    """VOC's colour of a label value: its bits in threes, spread over red, green and blue from the top bit
+    down."""
     red = green = blue = 0
     for bit in range(8):
         red |= (index & 1) << 7 - bit
@@ -159,7 +169,8 @@ def voc_colour(index: int) -> tuple[int, int, int]:
 
 def write_voc_tree(root: Path, train=("2007_000032", "2007_000039", "2007_000063", "2007_000068"),
                    val=("2007_000033", "2007_000042"), height: int = 40, width: int = 56) -> Path:
-    """VOC 2012's tree in small: JPEG photos, indexed labels with background 0 and border 255, and the two lists."""
+    """VOC 2012's tree in small: JPEG photos, indexed labels with background 0 and border 255, and the two
+    lists."""
     base = root / VOC_BASE
     write_photos(base / "JPEGImages", *(f"{name}.jpg" for name in (*train, *val)), height=height, width=width)
     for seed, name in enumerate((*train, *val)):
@@ -172,27 +183,34 @@ def write_voc_tree(root: Path, train=("2007_000032", "2007_000039", "2007_000063
     return root
 
 
-# Four training and two validation images of each public dataset: id, and the values that stand in the small labels.
+# Four training and two validation images of each public dataset: id, and the values that stand in the small
+# labels.
 TREES = {
     "context": (["2008_000002", "2008_000003", "2009_000010", "2010_000005"], ["2008_000009", "2010_000042"],
                 [0, 2, 7, 15, 23, 37, 59]),
-    "ade": ([f"ADE_train_{i:08d}" for i in (1, 2, 3, 10)], ["ADE_val_00000001", "ADE_val_00000020"], [0, 1, 2, 13, 45, 150]),
-    "cityscapes": (["aachen/aachen_000000_000019", "aachen/aachen_000001_000019", "bochum/bochum_000000_000313",
-                    "ulm/ulm_000000_000019"], ["frankfurt/frankfurt_000000_000294", "munster/munster_000000_000019"],
+    "ade": ([f"ADE_train_{i:08d}" for i in (1, 2, 3, 10)], ["ADE_val_00000001", "ADE_val_00000020"],
+            [0, 1, 2, 13, 45, 150]),
+    "cityscapes": (["aachen/aachen_000000_000019", "aachen/aachen_000001_000019",
+                    "bochum/bochum_000000_000313",
+                    "ulm/ulm_000000_000019"],
+                   ["frankfurt/frankfurt_000000_000294", "munster/munster_000000_000019"],
                    [0, 3, 7, 8, 11, 23, 26, 33]),
-    "coco": (["000000000009", "000000000025", "000000000030", "000000000034"], ["000000000139", "000000000285"],
+    "coco": (["000000000009", "000000000025", "000000000030", "000000000034"],
+             ["000000000139", "000000000285"],
              [0, 15, 77, 93, 156, 181, 255]),
 }
 
 
 def write_public_tree(name: str, root: Path, values: list[int] | None = None) -> Path:
-    """A public dataset's tree in small, under the folder and file names that its archive has. Returns where it begins.
+    """A public dataset's tree in small, under the folder and file names that its archive has. Returns where
+    it begins.
 
     Labels are blocks of 8 pixels of the given values; Cityscapes' are labelIds.
     """
     train, val, usual = TREES[name]
     top, folders, photos, labels = {
-        "context": ("VOCdevkit/VOC2010", ("train", "val"), "JPEGImages/{id}.jpg", "SegmentationClassContext/{id}.png"),
+        "context": ("VOCdevkit/VOC2010", ("train", "val"), "JPEGImages/{id}.jpg",
+                    "SegmentationClassContext/{id}.png"),
         "ade": ("ADEChallengeData2016", ("training", "validation"), "images/{split}/{id}.jpg",
                 "annotations/{split}/{id}.png"),
         "cityscapes": ("cityscapes", ("train", "val"), "leftImg8bit/{split}/{id}_leftImg8bit.png",
@@ -204,7 +222,8 @@ def write_public_tree(name: str, root: Path, values: list[int] | None = None) ->
         write_photos(base, *(photos.format(split=folder, id=image) for image in ids))
         for seed, image in enumerate(ids):
             blocks = np.random.default_rng(seed).choice(values or usual, (5, 7))
-            write_label(base / labels.format(split=folder, id=image), blocks.repeat(8, axis=0).repeat(8, axis=1))
+            write_label(base / labels.format(split=folder, id=image),
+                        blocks.repeat(8, axis=0).repeat(8, axis=1))
         if name == "context":
             path = base / f"ImageSets/SegmentationContext/{split}.txt"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -215,14 +234,16 @@ def write_public_tree(name: str, root: Path, values: list[int] | None = None) ->
 # ------------------------------------------------------------------------------------------ the scripts, in small
 
 def quick_recipes(monkeypatch, folder: Path) -> None:
-    """Whole runs in seconds: tiny pictures, two epochs, and random weights in place of Toyland's pre-trained ResNet."""
+    """Whole runs in seconds: tiny pictures, two epochs, and random weights in place of Toyland's pre-trained
+    ResNet."""
     import distill
     import rectify
     from toyland import networks
     for stage in (rectify, distill):
         for name, recipe in stage.RECIPES.items():
             small = dict(short_side=32, crop=(32, 40), batch_size=2, epochs=2)
-            # Logits × 100 drown the Gumbel noise of such small pictures: a draw that is not repeated would go unseen.
+            # Logits × 100 drown the Gumbel noise of such small pictures: a draw that is not repeated would go
+            # unseen.
             small |= dict(window_ratio=1 / 2, mask_scale=3.0) if stage is rectify else dict(backbone="small")
             monkeypatch.setitem(stage.RECIPES, name, replace(recipe, **small))
     with torch.random.fork_rng(devices=[]):
@@ -232,8 +253,8 @@ def quick_recipes(monkeypatch, folder: Path) -> None:
 
 
 def run(script, *flags):
-    """A script with the given command line, on the CPU, where equal steps give equal bits: its `main`, and after a
-    training what the script's last lines do. Returns what `main` returns."""
+    """A script with the given command line, on the CPU, where equal steps give equal bits: its `main`, and
+    after a training what the script's last lines do. Returns what `main` returns."""
     import evaluate
     result = script.main(script.flags().parse_args([*map(str, flags), "--device", "cpu"]))
     if script.__name__ in ("rectify", "distill"):

@@ -1,6 +1,6 @@
 """data.py: images become tensors and batches, which depend on the seed and the step alone.
 
-    python -m pytest tests/test_data.py              # lists and files: test_images.py, class lists: test_words.py
+    python -m pytest tests/test_data.py          # lists and files: test_images.py, class lists: test_words.py
 """
 
 import inspect
@@ -23,7 +23,8 @@ def test_tensor_is_normalised_with_clips_mean_and_std():
     """(v / 255 − mean) / std per channel, in float32, as a plain tensor."""
     tensor = data.to_tensor(Image.new("RGB", (3, 2), (255, 0, 128)))
     assert type(tensor) is torch.Tensor and tensor.shape == (3, 2, 3) and tensor.dtype == torch.float32
-    expected = [(1 - 0.48145466) / 0.26862954, (0 - 0.4578275) / 0.26130258, (128 / 255 - 0.40821073) / 0.27577711]
+    expected = [(1 - 0.48145466) / 0.26862954, (0 - 0.4578275) / 0.26130258,
+                (128 / 255 - 0.40821073) / 0.27577711]
     assert torch.allclose(tensor[:, 0, 0], torch.tensor(expected), atol=1e-6)
 
 
@@ -32,8 +33,10 @@ def test_short_side_is_resized_and_the_shape_kept(size, expected):
     assert data.short_side_to(Image.new("RGB", size), 20).size == expected
 
 
-@pytest.mark.parametrize("size, expected", [((500, 375), (448, 336)), ((500, 332), (512, 336)), ((500, 334), (496, 336)),
-                                            ((1, 1), (336, 336)), ((500, 1), (2048, 16)), ((3000, 500), (2016, 336)),
+@pytest.mark.parametrize("size, expected",
+                         [((500, 375), (448, 336)), ((500, 332), (512, 336)), ((500, 334), (496, 336)),
+                                            ((1, 1), (336, 336)), ((500, 1), (2048, 16)),
+                          ((3000, 500), (2016, 336)),
                                             ((3000, 400), (2048, 272))])
 def test_image_is_resized_to_whole_patches(size, expected):
     """(width, height) for a short side of 336 and patches of 16; a panorama's long side is 2048 at most."""
@@ -66,8 +69,10 @@ def test_augmentation_flips_scales_and_crops():
     torch.manual_seed(0)
     draws = [data.augmentation(32, (24, 24), (0.5, 2.0), distort=True)(image) for _ in range(8)]
     assert len({draw.sum().item() for draw in draws}) == 8
-    shares = [(data.augmentation(16, (64, 64), (0.5, 2.0), distort=False)(image) != 0).float().mean() for _ in range(16)]
-    assert min(shares) < 0.5 ** 2 / 16 * 3 and max(shares) > 1.5 ** 2 / 16         # of the crop's area: (ratio · 16 / 64)²
+    shares = [(data.augmentation(16, (64, 64), (0.5, 2.0), distort=False)(image) != 0).float().mean()
+              for _ in range(16)]
+    # of the crop's area: (ratio · 16 / 64)²
+    assert min(shares) < 0.5 ** 2 / 16 * 3 and max(shares) > 1.5 ** 2 / 16
     flip_only = data.augmentation(32, (32, 32), (1.0, 1.0), distort=False)
     seen = {tuple(flip_only(image).flatten().tolist()) for _ in range(16)}
     whole = data.to_tensor(image)
@@ -85,7 +90,8 @@ def batches_of(images, first_step=0, steps=9, seed=0, workers=0, batch_size=2):
     """All batches as (pixels, rows), with an augmentation that is random in every way."""
     transform = data.augmentation(24, (24, 24), (0.5, 2.0), distort=True)
     dataset = data.TrainingImages(images, transform, seed)
-    return list(data.training_batches(dataset, batch_size=batch_size, first_step=first_step, steps=steps, seed=seed,
+    return list(data.training_batches(dataset, batch_size=batch_size, first_step=first_step, steps=steps,
+                                      seed=seed,
                                       workers=workers))
 
 
@@ -96,7 +102,8 @@ def assert_same_batches(found, expected):
 
 
 def test_training_images_have_no_way_to_a_label(seven):
-    """It is handed image paths, a transform and a seed, and gives an image and its row. Nothing else is there."""
+    """It is handed image paths, a transform and a seed, and gives an image and its row. Nothing else is
+    there."""
     assert list(inspect.signature(data.TrainingImages).parameters) == ["images", "transform", "seed"]
     dataset = data.TrainingImages(seven, data.augmentation(24, (24, 24), (1.0, 1.0), distort=False), seed=0)
     item = dataset[0, 1]
@@ -122,7 +129,8 @@ def test_resumed_batches_are_those_of_the_uninterrupted_run(seven, first_step):
 
 
 def test_every_epoch_is_a_fresh_permutation():
-    """Each image at most once an epoch, a last batch that is not full is dropped, and orders differ between epochs."""
+    """Each image at most once an epoch, a last batch that is not full is dropped, and orders differ between
+    epochs."""
     per_epoch = data.steps_per_epoch(7, 2)
     assert per_epoch == 3
     batches = list(data.Batches(7, 2, first_step=0, steps=4 * per_epoch, seed=0))
@@ -146,7 +154,8 @@ def test_fewer_images_than_a_batch_make_one_batch_an_epoch(seven):
 def test_an_image_looks_different_in_every_epoch(seven):
     """The augmentation is a function of (seed, epoch, index), not of the index alone."""
     dataset = data.TrainingImages(seven, data.augmentation(24, (24, 24), (0.5, 2.0), distort=True), seed=0)
-    assert torch.equal(dataset[0, 1][0], dataset[0, 1][0]) and not torch.equal(dataset[0, 1][0], dataset[1, 1][0])
+    assert torch.equal(dataset[0, 1][0],
+                       dataset[0, 1][0]) and not torch.equal(dataset[0, 1][0], dataset[1, 1][0])
 
 
 def test_drawing_an_augmentation_leaves_the_global_generator_alone(seven):
@@ -160,9 +169,11 @@ def test_drawing_an_augmentation_leaves_the_global_generator_alone(seven):
 
 
 def test_ctrl_c_does_not_kill_the_processes_that_decode(seven):
-    """A terminal sends it to every process; were the decoders to die, the step could not end and nothing be saved."""
+    """A terminal sends it to every process; were the decoders to die, the step could not end and nothing be
+    saved."""
     transform = data.augmentation(24, (24, 24), (1.0, 1.0), distort=False)
-    batches = iter(data.training_batches(data.TrainingImages(seven, transform, seed=0), batch_size=1, first_step=0, steps=40, seed=0,
+    batches = iter(data.training_batches(data.TrainingImages(seven, transform, seed=0), batch_size=1,
+                                         first_step=0, steps=40, seed=0,
                                       workers=1))
     next(batches)
     for worker in batches._workers:

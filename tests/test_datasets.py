@@ -1,9 +1,11 @@
-"""The public datasets and datasets/check.py: names, label values, trees on disk, and what is said when something is wrong.
+"""The public datasets and datasets/check.py: names, label values, trees on disk, and what is said when
+something is wrong.
 
-    python -m pytest tests/test_datasets.py          # `-m slow` adds whole runs of the scripts in every layout
+    python -m pytest tests/test_datasets.py         # `-m slow` adds whole runs of the scripts in every layout
 
-No real dataset is needed: small trees are written here in the layouts of the archives. What the values in label files mean
-stands here a second time, in words, so that a slip in a description (datasets/*.json) cannot confirm itself.
+No real dataset is needed: small trees are written here in the layouts of the archives. What the values in
+label files mean stands here a second time, in words, so that a slip in a description (datasets/*.json) cannot
+confirm itself.
 """
 
 import json
@@ -24,7 +26,8 @@ import rectify
 from conftest import ROOT
 from datasets import DATASETS, check, described, images as image_files, is_folder, labels as ground_truth, words
 from harness import runs
-from helpers import (SMALLEST, TREES, photo, quick_recipes, refusal, run, write_label, write_openai_archive, write_photos,
+from helpers import (SMALLEST, TREES, photo, quick_recipes, refusal, run, write_label, write_openai_archive,
+                     write_photos,
                      write_public_tree, write_voc_tree)
 
 LAYOUTS = list(TREES)
@@ -32,22 +35,27 @@ CLASSES = {"voc": 20, "context": 59, "context-voc-first": 59, "ade": 150, "citys
 
 # ------------------------------------------------------------------------------------------ facts, in words
 
-CITYSCAPES = {7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence", 17: "pole", 19: "traffic light",
-              20: "traffic sign", 21: "vegetation", 22: "terrain", 23: "sky", 24: "person", 25: "rider", 26: "car",
+CITYSCAPES = {7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence", 17: "pole",
+              19: "traffic light",
+              20: "traffic sign", 21: "vegetation", 22: "terrain", 23: "sky", 24: "person", 25: "rider",
+              26: "car",
               27: "truck", 28: "bus", 31: "train", 32: "motorcycle", 33: "bicycle"}
 
 ALPHABETICAL = """airplane, bag, bed, bedclothes, bench, bicycle, bird, boat, book, bottle, building, bus, cabinet, car, cat,
 ceiling, chair, cloth, computer, cow, cup, curtain, dog, door, fence, floor, flower, food, grass, ground, horse, keyboard,
 light, motorbike, mountain, mouse, person, plate, platform, potted plant, road, rock, sheep, shelves, sidewalk, sign, sky,
-snow, sofa, table, track, train, tree, truck, tv monitor, wall, water, window, wood""".replace("\n", " ").split(", ")
+snow, sofa, table, track, train, tree, truck, tv monitor, wall, water, window, wood""".replace("\n",
+                                                                                               " ").split(", ")
 
 VOC_FIRST = """airplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, table, dog, horse, motorbike, person,
 potted plant, sheep, sofa, train, tv monitor, bag, bed, bench, book, building, cabinet, ceiling, cloth, computer, cup, door,
 fence, floor, flower, food, grass, ground, keyboard, light, mountain, mouse, curtain, platform, sign, plate, road, rock,
-shelves, sidewalk, sky, snow, bedclothes, track, tree, truck, wall, water, window, wood""".replace("\n", " ").split(", ")
+shelves, sidewalk, sky, snow, bedclothes, track, tree, truck, wall, water, window, wood""".replace("\n",
+                                                                                                   " ").split(", ")
 
 # COCO-Stuff's 182 names, 1..182, and the group of each: things run in blocks, stuffs are told by name.
-COCO_THINGS = {"person": (1, 1), "vehicle": (2, 9), "outdoor": (10, 15), "animal": (16, 25), "accessory": (26, 33),
+COCO_THINGS = {"person": (1, 1), "vehicle": (2, 9), "outdoor": (10, 15), "animal": (16, 25),
+               "accessory": (26, 33),
                "sports": (34, 43), "kitchen": (44, 51), "food things": (52, 61), "furniture things": (62, 71),
                "electronic": (72, 77), "appliance": (78, 83), "indoor": (84, 91)}
 COCO_STUFF_NAMES = """banner blanket branch bridge building-other bush cabinet cage cardboard carpet ceiling-other
@@ -62,7 +70,8 @@ COCO_STUFF = {
     "plant": "branch bush flower grass leaves moss plant-other straw tree",
     "building": "bridge building-other house roof skyscraper tent",
     "furniture stuff":
-        "cabinet counter cupboard desk-stuff door-stuff furniture-other light mirror-stuff shelf stairs table",
+        "cabinet counter cupboard desk-stuff door-stuff furniture-other light mirror-stuff shelf stairs "
+        "table",
     "structural": "cage fence net railing structural-other",
     "raw material": "cardboard metal paper plastic",
     "floor": "carpet floor-marble floor-other floor-stone floor-tile floor-wood",
@@ -75,10 +84,11 @@ COCO_STUFF = {
     "wall": "wall-brick wall-concrete wall-other wall-panel wall-stone wall-tile wall-wood",
     "window": "window-blind window-other"}
 COCO = {value: group for group, (first, last) in COCO_THINGS.items() for value in range(first - 1, last)} \
-    | {91 + COCO_STUFF_NAMES.index(name): group for group, names in COCO_STUFF.items() for name in names.split()}
+    | {91 + COCO_STUFF_NAMES.index(name): group for group, names in COCO_STUFF.items()
+       for name in names.split()}
 
-# Thing ids of COCO that were dropped before its release: street sign, hat, shoe, eye glasses, plate, mirror, window,
-# desk, door, blender, hair brush.
+# Thing ids of COCO that were dropped before its release: street sign, hat, shoe, eye glasses, plate, mirror,
+# window, desk, door, blender, hair brush.
 COCO_NEVER = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91}
 
 
@@ -99,8 +109,9 @@ def test_each_dataset_has_its_classes_all_different_and_a_colour_for_each(name):
     found = words.vocabulary(name)
     assert len(found) == len(set(found.names)) == len(found.palette) == CLASSES[name]
     assert all(one == " ".join(one.split()) and one for one in found.names)
-    assert all(len(colour) == 3 and all(0 <= channel <= 255 for channel in colour) for colour in found.palette)
-    assert len(set(found.palette)) >= CLASSES[name] - 1          # ADE20K and Context officially use one colour twice
+    assert all(len(colour) == 3 and all(0 <= channel <= 255 for channel in colour)
+               for colour in found.palette)
+    assert len(set(found.palette)) >= CLASSES[name] - 1   # ADE20K and Context officially use one colour twice
     assert found.templates == tuple(words.QUERY_TEMPLATES)
 
 
@@ -110,7 +121,8 @@ def test_every_known_name_is_a_dataset_and_no_folder():
     assert not any(is_folder(name) for name in DATASETS) and is_folder("./ade") and is_folder("photos")
     for stage in (rectify, distill):
         assert set(stage.RECIPES) == {*DATASETS, "folder"}
-    for script, not_said in ((rectify, {"context-voc-first"}), (check, set())):     # the same tree, read otherwise
+    # the same tree, read otherwise
+    for script, not_said in ((rectify, {"context-voc-first"}), (check, set())):
         [said] = [action.help for action in script.flags()._actions if "--data" in action.option_strings]
         assert all(name in said.replace("\n", " ") for name in DATASETS if name not in not_said)
 
@@ -142,7 +154,8 @@ def test_context_is_read_in_the_order_of_its_name_value_by_value(name, order):
 
 
 def test_the_two_orders_of_context_train_the_same_classes():
-    """Only the reading of labels differs: names, colours and recipes are shared, so what is trained serves both."""
+    """Only the reading of labels differs: names, colours and recipes are shared, so what is trained serves
+    both."""
     assert words.vocabulary("context") == words.vocabulary("context-voc-first")
     assert words.vocabulary("context").names == ALPHABETICAL == sorted(ALPHABETICAL)
     for stage in (rectify, distill):
@@ -150,7 +163,8 @@ def test_the_two_orders_of_context_train_the_same_classes():
 
 
 def test_ade_value_by_value():
-    """1..150 are the classes, 0 (other) is ignored, and no official file holds 255. Known places are spot-checked."""
+    """1..150 are the classes, 0 (other) is ignored, and no official file holds 255. Known places are
+    spot-checked."""
     table = ground_truth.lookup_table("ade", 150)
     for value in range(256):
         assert table[value] == (255 if value == 0 else value - 1 if value <= 150 else -1), value
@@ -163,11 +177,13 @@ def test_ade_value_by_value():
 def test_coco_stuff_value_by_value():
     """Each value belongs to the group that COCO-Stuff's hierarchy gives it; 255 is unlabelled.
 
-    Eleven of the 182 ids stand for things that no image shows: where their values occur, the numbering is another.
+    Eleven of the 182 ids stand for things that no image shows: where their values occur, the numbering is
+    another.
     """
     assert len(COCO_STUFF_NAMES) == len(set(COCO_STUFF_NAMES)) == 91 and sorted(COCO) == list(range(182))
     table = ground_truth.lookup_table("coco", 27)
-    assert read_as("coco", table) == {value: group for value, group in COCO.items() if value + 1 not in COCO_NEVER}
+    assert read_as("coco",
+                   table) == {value: group for value, group in COCO.items() if value + 1 not in COCO_NEVER}
     assert ignored(table) == [255] and (table[182:255] == -1).all()
 
 
@@ -181,17 +197,20 @@ def test_value_outside_the_table_is_named_with_its_file(tmp_path, name, value, k
         ground_truth.LabelReader(name, CLASSES[name])(tmp_path / "a.png", size=(1, 2))
 
 
-@pytest.mark.parametrize("encoding, value, known", [("labelIds", 34, r"0\.\.33"), ("labelTrainIds", 19, r"0\.\.18")])
+@pytest.mark.parametrize("encoding, value, known",
+                         [("labelIds", 34, r"0\.\.33"), ("labelTrainIds", 19, r"0\.\.18")])
 def test_value_outside_cityscapes_tables_is_named_with_its_file(tmp_path, encoding, value, known):
     path = tmp_path / f"a_gtFine_{encoding}.png"
     write_label(path, np.array([[7, value]]))
-    with pytest.raises(ValueError, match=rf"{encoding}\.png: expected the values {known} and 255; found \[{value}\]"):
+    with pytest.raises(ValueError,
+                       match=rf"{encoding}\.png: expected the values {known} and 255; found \[{value}\]"):
         ground_truth.LabelReader("cityscapes", 19)(path, size=(1, 2))
 
 
 def test_labels_of_another_number_of_classes_are_not_read():
     for name, classes in CLASSES.items():
-        with pytest.raises(ValueError, match=f"labels of {name} .* {classes} classes: expected as many.*found 3"):
+        with pytest.raises(ValueError,
+                           match=f"labels of {name} .* {classes} classes: expected as many.*found 3"):
             ground_truth.refuse_other_classes(name, ["cat", "dog", "cow"])
 
 
@@ -200,7 +219,8 @@ def test_labels_of_another_number_of_classes_are_not_read():
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("inside", [False, True], ids=["above", "the tree itself"])
 def test_images_and_labels_are_found_where_the_archive_puts_them(tmp_path, name, inside):
-    """Ids are sorted and those of the archive, in both splits; --root may be the tree or the folder that holds it."""
+    """Ids are sorted and those of the archive, in both splits; --root may be the tree or the folder that
+    holds it."""
     base = write_public_tree(name, tmp_path)
     root = str(base if inside else tmp_path)
     train, val, _ = TREES[name]
@@ -235,7 +255,7 @@ def test_missing_tree_says_what_to_get_from_where(tmp_path, name):
         for part in (said, dataset.tree, dataset.archive, dataset.page, found, str(tmp_path)):
             assert part in str(error.value)
     write_public_tree(name, tmp_path)
-    assert image_files.download(name, str(tmp_path)) is None                   # what is there need not be fetched
+    assert image_files.download(name, str(tmp_path)) is None               # what is there need not be fetched
 
 
 @pytest.mark.parametrize("name", ["ade", "cityscapes", "coco"])
@@ -244,7 +264,8 @@ def test_missing_split_is_named(tmp_path, name):
     folder = next(base.glob("*/train*"))
     shutil.rmtree(base / DATASETS[name].images.split("/")[0] / folder.name)
     assert image_files.validation_images(name, str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=rf"--data {name}: expected images .*{folder.name}.*found none"):
+    with pytest.raises(FileNotFoundError,
+                       match=rf"--data {name}: expected images .*{folder.name}.*found none"):
         image_files.training_images(name, str(tmp_path))
 
 
@@ -283,7 +304,8 @@ def test_cityscapes_prefers_train_ids_file_by_file_and_says_so(tmp_path, capsys)
 
 
 def test_curated_list_of_coco_narrows_its_split_alone(tmp_path):
-    """A list under curated/ is used where it lies; among those that come together it is the usual one; else an error."""
+    """A list under curated/ is used where it lies; among those that come together it is the usual one; else
+    an error."""
     base = write_public_tree("coco", tmp_path)
     folder = base / "curated/train2017"
     folder.mkdir(parents=True)
@@ -296,16 +318,19 @@ def test_curated_list_of_coco_narrows_its_split_alone(tmp_path):
     (folder / "Coco164kFull_Stuff_Coarse_7.txt").write_text("000000000034\n")
     assert list(image_files.training_images("coco", str(tmp_path))) == ["000000000034"]
     (folder / "Coco164kFull_Stuff_Coarse_7.txt").write_text("000000000035\n")
-    with pytest.raises(FileNotFoundError, match=r"Coarse_7\.txt names 1 images: .*found 1 missing.*000000000035\.jpg"):
+    with pytest.raises(FileNotFoundError,
+                       match=r"Coarse_7\.txt names 1 images: .*found 1 missing.*000000000035\.jpg"):
         image_files.training_images("coco", str(tmp_path))
 
 
-# ------------------------------------------------------------------------------------------ the order of Context's labels
+# ------------------------------------------------------------------------------ the order of Context's labels
 
 def context_pair(root: Path, order: list[str], voc_folder: str) -> None:
-    """Context's tree with labels in the given order, and VOC's own labels of its validation images beside it."""
+    """Context's tree with labels in the given order, and VOC's own labels of its validation images beside
+    it."""
     base = write_public_tree("context", root, values=[0, 255, *(1 + order.index(name) for name in
-                                                               ("airplane", "bus", "cat", "table", "sky", "tv monitor"))])
+                                                               ("airplane", "bus", "cat", "table", "sky",
+                                                                "tv monitor"))])
     voc = {"airplane": 1, "bus": 6, "cat": 8, "table": 11, "tv monitor": 20}
     for name in TREES["context"][1]:
         with Image.open(base / f"SegmentationClassContext/{name}.png") as label:
@@ -317,21 +342,26 @@ def context_pair(root: Path, order: list[str], voc_folder: str) -> None:
         write_label(root / voc_folder / f"{name}.png", own)
 
 
-@pytest.mark.parametrize("voc_folder", ["VOCdevkit/VOC2010/SegmentationClass", "VOCdevkit/VOC2012/SegmentationClass"])
+@pytest.mark.parametrize("voc_folder",
+                         ["VOCdevkit/VOC2010/SegmentationClass", "VOCdevkit/VOC2012/SegmentationClass"])
 @pytest.mark.parametrize("name, order, other", [("context", ALPHABETICAL, "context-voc-first"),
                                                 ("context-voc-first", VOC_FIRST, "context")])
-def test_order_of_context_is_proven_or_refused_by_vocs_labels_beside(tmp_path, capsys, name, order, other, voc_folder):
-    """The declared order is confirmed with its share of pixels; under the other name the same files are an error."""
+def test_order_of_context_is_proven_or_refused_by_vocs_labels_beside(tmp_path, capsys, name, order, other,
+                                                                     voc_folder):
+    """The declared order is confirmed with its share of pixels; under the other name the same files are an
+    error."""
     context_pair(tmp_path, order, voc_folder)
     ids = TREES["context"][1]
     assert len(ground_truth.true_label_files(name, str(tmp_path), ids)) == 2
     assert "rightly" in (said := capsys.readouterr().out) and "100%" in said
-    with pytest.raises(ValueError, match=rf"--data {other}: expected labels in the order .*Use --data {name}\."):
+    with pytest.raises(ValueError,
+                       match=rf"--data {other}: expected labels in the order .*Use --data {name}\."):
         ground_truth.true_label_files(other, str(tmp_path), ids)
 
 
 def test_order_of_context_that_nothing_proves_is_said_to_be_unproven(tmp_path, capsys):
-    """Without VOC's labels, or where they agree with neither order: read as declared, and said so each time."""
+    """Without VOC's labels, or where they agree with neither order: read as declared, and said so each
+    time."""
     write_public_tree("context", tmp_path)
     ids = TREES["context"][1]
     for name, order in (("context", "alphabetical"), ("context-voc-first", "voc-first")):
@@ -357,13 +387,15 @@ def test_no_label_of_context_is_opened_to_list_its_training_images(tmp_path, mon
     ("context", dict(vote_threshold=0.0, short_side=448, crop=(480, 480), horizon=400, epochs=50)),
     ("context-voc-first", dict(vote_threshold=0.0, short_side=448, crop=(480, 480), horizon=400, epochs=50)),
     ("ade", dict(vote_threshold=0.0, short_side=512, crop=(512, 512), horizon=600, epochs=100)),
-    ("cityscapes", dict(vote_threshold=0.07, short_side=448, crop=(512, 512), horizon=300, epochs=50, batch_size=16,
+    ("cityscapes",
+     dict(vote_threshold=0.07, short_side=448, crop=(512, 512), horizon=300, epochs=50, batch_size=16,
                         learning_rate=0.16)),
     ("coco", dict(vote_threshold=0.0, short_side=512, crop=(512, 512), horizon=800, epochs=100))])
 def test_recipes_are_the_papers_and_vocs_in_all_else(name, numbers):
     assert asdict(rectify.RECIPES[name]) == asdict(rectify.RECIPES["voc"]) | numbers
     context = dict(short_side=520, crop=(480, 480), epochs=150)
-    student = {"context": context, "context-voc-first": context, "ade": dict(epochs=150), "coco": dict(epochs=50)}
+    student = {"context": context, "context-voc-first": context, "ade": dict(epochs=150),
+               "coco": dict(epochs=50)}
     assert asdict(distill.RECIPES[name]) == asdict(distill.RECIPES["voc"]) | student.get(name, {})
 
 
@@ -380,7 +412,8 @@ def checked(capsys, *flags) -> tuple[list[str], str]:
 
 @pytest.fixture
 def small(monkeypatch):
-    """Datasets that are given out with four training and two validation images, as the trees of these tests have."""
+    """Datasets that are given out with four training and two validation images, as the trees of these tests
+    have."""
     for name, dataset in DATASETS.items():
         monkeypatch.setitem(DATASETS, name, replace(dataset, counts={"train": 4, "val": 2}))
 
@@ -394,12 +427,15 @@ def test_good_tree_is_well(tmp_path, capsys, small, name):
 
 
 def test_histogram_counts_pixels_and_images_of_each_class(tmp_path, capsys, small):
-    """Percent of the counted pixels, how many images show a class, what is ignored, and which classes never occur."""
+    """Percent of the counted pixels, how many images show a class, what is ignored, and which classes never
+    occur."""
     base = write_public_tree("ade", tmp_path)
     for name, values in (("ADE_val_00000001", [1, 1, 1, 0]), ("ADE_val_00000020", [1, 150, 150, 150])):
-        write_label(base / f"annotations/validation/{name}.png", np.array(values).repeat(14)[None].repeat(40, axis=0))
+        write_label(base / f"annotations/validation/{name}.png",
+                    np.array(values).repeat(14)[None].repeat(40, axis=0))
     _, said = checked(capsys, "--data", "ade", "--root", tmp_path)
-    rows = {line.split()[0]: line.split()[1:] for line in said.splitlines() if line[:4] in ("wall", "flag", "(ign")}
+    rows = {line.split()[0]: line.split()[1:] for line in said.splitlines()
+            if line[:4] in ("wall", "flag", "(ign")}
     assert rows == {"wall": ["2240", "57.14", "2"], "flag": ["1680", "42.86", "1"], "(ignored)": ["560", "1"]}
     assert "In none of these 2 labels: building, sky, " in said
 
@@ -420,7 +456,8 @@ def test_other_numbers_than_the_archives_are_to_mend(tmp_path, capsys):
     known = {"context": (4996, 5104), "ade": (20210, 2000), "cityscapes": (2975, 500), "coco": (118287, 5000)}
     for name, (train, val) in known.items():
         problems, _ = checked(capsys, "--data", name, "--root", tmp_path)
-        assert [problem.split(". ")[0].split(" images")[0] for problem in problems] == [f"train: expected {train}",
+        assert [problem.split(". ")[0].split(" images")[0]
+                for problem in problems] == [f"train: expected {train}",
                                                                                        f"val: expected {val}"]
         assert "found 4" in problems[0] and "found 2" in problems[1]
     (tmp_path / "coco_stuff164k/curated/val2017").mkdir(parents=True)
@@ -443,14 +480,19 @@ DEFECTS = {
     "image cut off": (lambda base: cut(base / IMAGE), ["ADE_val_00000020.jpg: expected an image"]),
     "training image cut off": (lambda base: cut(base / "images/training/ADE_train_00000010.jpg"),
                                ["ADE_train_00000010.jpg: expected an image"]),
-    "label cut off": (lambda base: cut(base / LABEL), ["ADE_val_00000020.png: expected a label, found a file that cannot be used as one"]),
+    "label cut off": (lambda base: cut(base / LABEL),
+                      ["ADE_val_00000020.png: expected a label, found a file that cannot be used as one"]),
     "colour picture": (lambda base: photo().save(base / LABEL), ["ADE_val_00000020.png", "found mode RGB"]),
-    "other size": (lambda base: write_label(base / LABEL, np.ones((20, 28))), ["expected a label of 40×56", "found 20×28"]),
+    "other size": (lambda base: write_label(base / LABEL, np.ones((20, 28))),
+                   ["expected a label of 40×56", "found 20×28"]),
     "unknown value": (lambda base: write_label(base / LABEL, np.full((40, 56), 151)),
                       ["ADE_val_00000020.png: expected the values 0..150; found [151]"]),
-    "label without image": (lambda base: write_label(base / "annotations/validation/ADE_val_7.png", np.ones((40, 56))),
-                            ["annotations/validation", "expected an image for each label, found none for 1 (ADE_val_7)"]),
-    "training label without image": (lambda base: write_label(base / "annotations/training/x.png", np.ones((40, 56))),
+    "label without image": (lambda base: write_label(base / "annotations/validation/ADE_val_7.png",
+                                                     np.ones((40, 56))),
+                            ["annotations/validation",
+                             "expected an image for each label, found none for 1 (ADE_val_7)"]),
+    "training label without image": (lambda base: write_label(base / "annotations/training/x.png",
+                                                              np.ones((40, 56))),
                                      ["annotations/training", "found none for 1 (x)"]),
     "image without label": (lambda base: (base / LABEL).unlink(),
                             ["val: expected a label for each of 2 images, found none for 1 (ADE_val_00000020)"]),
@@ -463,7 +505,8 @@ DEFECTS = {
                       ["train: expected 4 images, found 3", "found none for 1 (ADE_train_00000010)"]),
     "no training images": (lambda base: shutil.rmtree(base / "images/training"),
                            ["images/training/*.jpg, found none"]),
-    "image in both splits": (lambda base: (shutil.copy(base / "images/training/ADE_train_00000001.jpg", base / IMAGE),
+    "image in both splits": (lambda base: (shutil.copy(base / "images/training/ADE_train_00000001.jpg",
+                                                       base / IMAGE),
                                            (base / IMAGE).rename(base / "images/validation/ADE_train_00000001.jpg")),
                              ["expected no image in both splits, found 1 (ADE_train_00000001)"]),
     "other classes": (lambda base: (base / "objectInfo150.txt").write_text(
@@ -506,17 +549,19 @@ def test_many_faults_of_one_kind_are_counted_not_listed(tmp_path, capsys, monkey
 
 
 def test_lists_that_are_wrong_are_to_mend(tmp_path, capsys, small):
-    """Context: a list that is missing, empty, or names what is not there; the other split is looked at all the same."""
+    """Context: a list that is missing, empty, or names what is not there; the other split is looked at all
+    the same."""
     base = write_public_tree("context", tmp_path)
     path = base / "ImageSets/SegmentationContext/train.txt"
     good = path.read_text()
-    for spoil, part in ((lambda: path.unlink(), "train.txt, found none"), (lambda: path.write_text("\n"), "an empty list"),
+    for spoil, part in ((lambda: path.unlink(), "train.txt, found none"),
+                        (lambda: path.write_text("\n"), "an empty list"),
                         (lambda: path.write_text(good + "2012_000001\n"), "2012_000001.jpg"),
                         (lambda: path.write_bytes(b"\xff\xd8\xff\xe0JFIF"), "train.txt names 1 images")):
         spoil()
         problems, said = checked(capsys, "--data", "context", "--root", tmp_path)
         assert len(problems) == 1 and problems[0].startswith("train: ") and part in problems[0] and "2 labels" in said
-    path.write_bytes(b"\xef\xbb\xbf" + good.encode())                  # a byte order mark is no part of the first id
+    path.write_bytes(b"\xef\xbb\xbf" + good.encode())           # a byte order mark is no part of the first id
     assert checked(capsys, "--data", "context", "--root", tmp_path)[0] == []
 
 
@@ -557,7 +602,8 @@ def test_quick_decodes_a_sample_that_the_seed_draws(tmp_path, capsys, small, mon
 
 
 def test_folder_of_ones_own_is_checked_with_its_labels(tmp_path, capsys):
-    """Values past the class list, labels of no image, images of no label; without --labels the images alone."""
+    """Values past the class list, labels of no image, images of no label; without --labels the images
+    alone."""
     folder = write_photos(tmp_path / "photos", "a.jpg", "sub/b.png", "c.jpg")
     (tmp_path / "names.txt").write_text("cat\ndog\n")
     flags = ["--data", folder, "--classes", tmp_path / "names.txt"]
@@ -577,7 +623,8 @@ def test_folder_of_ones_own_is_checked_with_its_labels(tmp_path, capsys):
 
 
 def test_own_words_leave_the_labels_unopened(tmp_path, capsys, small):
-    """With --classes of one's own a known dataset's labels say nothing: images are checked, labels are not."""
+    """With --classes of one's own a known dataset's labels say nothing: images are checked, labels are
+    not."""
     base = write_public_tree("ade", tmp_path)
     (base / LABEL).write_bytes(b"no picture")
     (tmp_path / "names.txt").write_text("cat\ndog\n")
@@ -587,13 +634,16 @@ def test_own_words_leave_the_labels_unopened(tmp_path, capsys, small):
 
 @pytest.mark.slow
 def test_check_as_a_command_exits_with_0_or_2(tmp_path):
-    """2 with a list of what to mend, 2 in one paragraph when there is no tree at all, 0 for a folder that is well."""
+    """2 with a list of what to mend, 2 in one paragraph when there is no tree at all, 0 for a folder that is
+    well."""
     write_public_tree("ade", tmp_path / "data")
     write_photos(tmp_path / "photos", "a.jpg", "b.jpg")
     (tmp_path / "names.txt").write_text("cat\ndog\n")
-    for flags, code, part in ((["--data", "ade"], 2, "2 to mend"), (["--data", "coco"], 2, "error: --data coco: expected"),
+    for flags, code, part in ((["--data", "ade"], 2, "2 to mend"),
+                              (["--data", "coco"], 2, "error: --data coco: expected"),
                               (["--data", "photos", "--classes", "names.txt"], 0, "All is well")):
-        result = subprocess.run([sys.executable, ROOT / "datasets/check.py", *flags], cwd=tmp_path, capture_output=True, text=True)
+        result = subprocess.run([sys.executable, ROOT / "datasets/check.py", *flags], cwd=tmp_path,
+                                capture_output=True, text=True)
         assert result.returncode == code and part in result.stdout + result.stderr and "Traceback" not in result.stderr
 
 
@@ -609,7 +659,8 @@ def test_no_script_of_the_method_imports_the_check():
 
 @pytest.fixture
 def layout(request, tmp_path, monkeypatch):
-    """The tree of one dataset in ./data, quick recipes of one epoch, few sentences; gives the flags of a first run."""
+    """The tree of one dataset in ./data, quick recipes of one epoch, few sentences; gives the flags of a
+    first run."""
     monkeypatch.chdir(tmp_path)
     quick_recipes(monkeypatch, tmp_path)
     monkeypatch.setattr(words, "QUERY_TEMPLATES", words.QUERY_TEMPLATES[:2])
@@ -629,8 +680,10 @@ def test_scripts_train_and_measure_in_every_layout(layout, capsys):
     assert list(metrics) == ["vanilla", "maskclip", "rectify", "distill"]
     for found in metrics.values():
         assert found["fingerprint"]["images"] == 2 and list(found["per_class_iou"]) == DATASETS[name].names
-    assert Path("runs", name, "distill/checkpoint.pt").exists() and Path("runs", name, "evaluate/preview.png").exists()
-    assert {"context": "Nothing proves it", "cityscapes": "2 *_gtFine_labelIds.png"}.get(name, "") in capsys.readouterr().out
+    assert Path("runs", name,
+                "distill/checkpoint.pt").exists() and Path("runs", name, "evaluate/preview.png").exists()
+    assert {"context": "Nothing proves it",
+            "cityscapes": "2 *_gtFine_labelIds.png"}.get(name, "") in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -664,8 +717,10 @@ def test_what_was_trained_under_the_wrong_order_stays_right(layout, capsys):
 
 # What a description must hold. Two classes, five images a split at most, labels of one encoding.
 PETS = {
-    "title": "Pets", "places": ["pets", ""], "tree": "pets/{images,labels}/{train,val}", "archive": "pets.zip",
-    "page": "https://example.org/pets", "counts": {"train": 4, "val": 2}, "splits": {"train": "train", "val": "val"},
+    "title": "Pets", "places": ["pets", ""], "tree": "pets/{images,labels}/{train,val}",
+        "archive": "pets.zip",
+    "page": "https://example.org/pets", "counts": {"train": 4, "val": 2},
+        "splits": {"train": "train", "val": "val"},
     "images": "images/{split}/{id}.jpg", "labels": {"indices": "labels/{split}/{id}.png"},
     "ignored": {"indices": [255]},
     "classes": [{"name": "cat", "colour": [255, 0, 0], "indices": [0]},
@@ -678,13 +733,17 @@ PETS_RECIPE = {
 
 @pytest.fixture
 def project(tmp_path):
-    """A copy of the project to add to, with the dataset's files and a tiny CLIP where a user would have them."""
+    """A copy of the project to add to, with the dataset's files and a tiny CLIP where a user would have
+    them."""
     skip = shutil.ignore_patterns(".*", "__pycache__", "tests", "benchmarks", "runs", "data", "results")
     shutil.copytree(ROOT, tmp_path / "project", ignore=skip)
     for split, count in PETS["counts"].items():
         for number in range(count):
-            write_photos(tmp_path / "project/data/pets/images" / split, f"{number}.jpg")
-            values = np.random.default_rng(number).choice([0, 1, 255], (5, 7)).repeat(8, axis=0).repeat(8, axis=1)
+            path = tmp_path / "project/data/pets/images" / split / f"{number}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            photo(seed=number + 10 * (split == "val")).save(path)
+            values = np.random.default_rng(number).choice([0, 1, 255],
+                                                          (5, 7)).repeat(8, axis=0).repeat(8, axis=1)
             write_label(tmp_path / "project/data/pets/labels" / split / f"{number}.png", values)
     write_openai_archive(tmp_path / "project/tiny.pt", **SMALLEST)
     return tmp_path / "project"
@@ -715,7 +774,8 @@ def test_a_description_and_two_recipe_lines_add_a_dataset(project):
     describe(project, PETS)
     add_recipe(project, "rectify", "distill")
     for typed, said in ((["datasets/check.py", "--data", "pets"], "All is well"),
-                        (["rectify.py", "--data", "pets", "--clip", "tiny.pt", "--epochs", "1"], "pets: 2 images, 2 classes"),
+                        (["rectify.py", "--data", "pets", "--clip", "tiny.pt", "--epochs", "1"],
+                         "pets: 2 images, 2 classes"),
                         (["distill.py", "--epochs", "1"], "pets: 2 images, 2 classes"),
                         (["evaluate.py"], "pets: 2 images, 2 classes")):
         result = command(project, *typed)
@@ -750,7 +810,8 @@ def without(content: dict, *keys: str) -> dict:
 
 @pytest.mark.parametrize("keys", [
     *[[key] for key in PETS], ["ignored", "indices"], ["counts", "val"], ["splits", "train"],
-    *[["classes", 1, key] for key in ("name", "colour", "indices")]], ids=lambda keys: " ".join(map(str, keys)))
+    *[["classes", 1, key]
+      for key in ("name", "colour", "indices")]], ids=lambda keys: " ".join(map(str, keys)))
 def test_a_description_without_a_key_is_refused_by_file_and_key(tmp_path, keys):
     path = tmp_path / "pets.json"
     path.write_text(json.dumps(PETS))

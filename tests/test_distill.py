@@ -1,10 +1,11 @@
-"""Every equation of stage 2 (distill.py) against a slow computation, and what the student may and may not learn.
+"""Every equation of stage 2 (distill.py) against a slow computation, and what the student may and may not
+learn.
 
     python -m pytest tests/test_distill.py           # seconds; `-m slow` adds ResNet-50 and ResNet-101
 
-CLIP, the rectifier and the student are small and random here, and nothing is fetched. The tests of the gradients and of
-the pseudo-labels guard against faults of the released code: two of its three losses trained nothing, and ground truth
-decided which pixels were distilled.
+CLIP, the rectifier and the student are small and random here, and nothing is fetched. The tests of the
+gradients and of the pseudo-labels guard against faults of the released code: two of its three losses trained
+nothing, and ground truth decided which pixels were distilled.
 
     B images · C classes · D joint dimension · H,W pixels · h,w the student's grid (⌈H/8⌉, ⌈W/8⌉)
 """
@@ -30,7 +31,7 @@ from helpers import TINY, random, relative, toy_vocabulary, toy_setup, unit
 
 VOCABULARY = toy_vocabulary()
 C, D = len(VOCABULARY), TINY["embed_dim"]
-HYPOTHESIS = torch.tensor([[1, 0, 1, 1], [0, 1, 0, 0]]).bool()      # three classes in one image, one in the other
+HYPOTHESIS = torch.tensor([[1, 0, 1, 1], [0, 1, 0, 0]]).bool()  # three classes in one image, one in the other
 VOTES = torch.tensor([[0.5, 0.0, 0.3, 0.2], [0.1, 0.9, 0.0, 0.0]])  # of which that is above 0.1
 
 
@@ -38,7 +39,7 @@ TEACHER_RECIPE = rectify.Recipe(loss_scale=20.0, mask_scale=3.0, prompt_length=5
 SMALL = distill.Recipe(backbone="small")
 
 
-IMAGES = random(2, 3, 61, 77)                       # 8 × 10 patches of CLIP, and as many places of the student's grid
+IMAGES = random(2, 3, 61, 77)               # 8 × 10 patches of CLIP, and as many places of the student's grid
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,8 @@ QUERY = unit(C, D, seed=1)
 def student(setup, rectifier) -> distill.Student:
     """A small student in training mode, around a frozen copy of the teacher's parts."""
     torch.manual_seed(1)
-    return distill.build_student(setup, copy.deepcopy(rectifier), QUERY, SMALL, distill.System(), pretrained=False).train()
+    return distill.build_student(setup, copy.deepcopy(rectifier), QUERY, SMALL, distill.System(),
+                                 pretrained=False).train()
 
 
 @pytest.fixture
@@ -90,7 +92,8 @@ def step(student: distill.Student, lesson, recipe: distill.Recipe = distill.Reci
 # ------------------------------------------------------------------------------------------ the losses
 
 def slow_resize(maps: torch.Tensor, h: int, w: int) -> torch.Tensor:
-    """Bilinear, pixel centres at halves: every new place is a weighted mean of the four old ones around it."""
+    """Bilinear, pixel centres at halves: every new place is a weighted mean of the four old ones around
+    it."""
     B, K, old_h, old_w = maps.shape
     out = torch.empty(B, K, h, w)
     for i in range(h):
@@ -118,7 +121,8 @@ def slow_cross_entropy(logits: torch.Tensor, pseudo_label: torch.Tensor) -> floa
 
 
 def test_eq8_mask_loss_equals_the_loop():
-    """L_mask: the cross-entropy of every place against the teacher's class there, averaged over all places."""
+    """L_mask: the cross-entropy of every place against the teacher's class there, averaged over all
+    places."""
     logits, pseudo_label = random(2, C, 3, 4), random(2, C, 3, 4, seed=1).argmax(dim=1)
     found = distill.mask_loss(logits, pseudo_label)
     assert found.item() == pytest.approx(slow_cross_entropy(logits, pseudo_label), rel=1e-5)
@@ -137,7 +141,8 @@ def test_eq8_every_place_counts_and_none_can_be_ignored():
 
 @pytest.mark.parametrize("teacher_grid", [(5, 6), (3, 4), (9, 7)])
 def test_eq9_feature_loss_equals_the_loop(teacher_grid):
-    """L_feat: the mean absolute difference; a teacher's coarser or finer grid is first resized to the student's."""
+    """L_feat: the mean absolute difference; a teacher's coarser or finer grid is first resized to the
+    student's."""
     ours, theirs = unit(2, D, 5, 6, dim=1), unit(2, D, *teacher_grid, dim=1, seed=1)
     resized, total = slow_resize(theirs, 5, 6), 0.0
     for b in range(2):
@@ -156,7 +161,8 @@ def test_eq9_costs_nothing_only_when_student_and_teacher_agree():
 
 
 def test_text_loss_equals_the_loop():
-    """L_text: pool the student's features by its masks, divide by n, cross-entropy of class k against all; k in H."""
+    """L_text: pool the student's features by its masks, divide by n, cross-entropy of class k against all; k
+    in H."""
     features, masks = unit(2, D, 3, 4, dim=1), random(2, C, 3, 4).softmax(dim=1)
     of_images = []
     for b in range(2):
@@ -172,19 +178,21 @@ def test_text_loss_equals_the_loop():
 
 def test_eq10_the_total_is_mask_plus_alpha_feature_plus_beta_text():
     mask, feature, text = torch.tensor([0.7, 0.2, 3.0])
-    assert distill.total_loss(mask, feature, text, alpha=0.5, beta=0.25).item() == pytest.approx(0.7 + 0.1 + 0.75)
+    assert distill.total_loss(mask, feature, text, alpha=0.5,
+                              beta=0.25).item() == pytest.approx(0.7 + 0.1 + 0.75)
 
 
 # ------------------------------------------------------------------------------------------ DeepLab V2
 
 def test_aspp_is_the_sum_of_four_dilated_convolutions():
-    """Rates 6, 12, 18, 24: nine places at that distance, zero outside the image, four results added; then length one."""
+    """Rates 6, 12, 18, 24: nine places at that distance, zero outside the image, four results added; then
+    length one."""
     network = distill.DeepLabV2("small", dim=5, pretrained=False)
     channels, h, w = network.aspp[0].in_channels, 27, 31
-    network.backbone = nn.Identity()                                        # the test hands the head its input directly
+    network.backbone = nn.Identity()                              # the test hands the head its input directly
     with torch.no_grad():
         for conv in network.aspp:
-            conv.bias += torch.randn(5)                                     # fresh ones are 0 and would hide a lost bias
+            conv.bias += torch.randn(5)                          # fresh ones are 0 and would hide a lost bias
     x, expected = random(1, channels, h, w), torch.zeros(1, 5, h, w)
     assert len(network.aspp) == 4
     for conv, rate in zip(network.aspp, (6, 12, 18, 24)):
@@ -192,7 +200,7 @@ def test_aspp_is_the_sum_of_four_dilated_convolutions():
         for i in range(3):
             for j in range(3):
                 down, right = (i - 1) * rate, (j - 1) * rate
-                shifted = torch.zeros_like(x)                               # x at (y + down, x + right), 0 outside
+                shifted = torch.zeros_like(x)                          # x at (y + down, x + right), 0 outside
                 shifted[:, :, max(0, -down):h - max(0, down), max(0, -right):w - max(0, right)] = \
                     x[:, :, max(0, down):h + min(0, down), max(0, right):w + min(0, right)]
                 expected += torch.einsum("bchw,oc->bohw", shifted, conv.weight[:, :, i, j].detach())
@@ -202,7 +210,8 @@ def test_aspp_is_the_sum_of_four_dilated_convolutions():
 
 
 def network_of_shapes(backbone: str) -> distill.DeepLabV2:
-    """A network on torch's device `meta`: it has shapes and no numbers, so that ResNet-101 costs no time here."""
+    """A network on torch's device `meta`: it has shapes and no numbers, so that ResNet-101 costs no time
+    here."""
     with torch.device("meta"):
         return distill.DeepLabV2(backbone, D, pretrained=False)
 
@@ -220,28 +229,35 @@ def test_output_stride_is_8_at_any_size(backbone):
 @pytest.mark.parametrize("backbone", ["small", pytest.param("resnet50", marks=pytest.mark.slow),
                                       pytest.param("resnet101", marks=pytest.mark.slow)])
 def test_features_are_unit_vectors_that_differ_from_place_to_place(backbone):
-    """What takes the place of CLIP's features has their length; a random network keeps images and places apart."""
+    """What takes the place of CLIP's features has their length; a random network keeps images and places
+    apart."""
     torch.manual_seed(0)
     features = distill.DeepLabV2(backbone, D, pretrained=False)(random(2, 3, 65, 97))
     assert torch.allclose(features.norm(dim=1), torch.ones(2, 9, 13), atol=1e-5)
-    assert (features[0] - features[1]).abs().max() > 1e-3 and (features[..., 1:] - features[..., :-1]).abs().max() > 1e-3
+    assert (features[0] - features[1]).abs().max() > 1e-3 and (features[...,
+                                                                        1:] - features[...,
+                                                                                       :-1]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("backbone, blocks", [("small", (2, 2, 2, 2)), ("resnet50", (3, 4, 6, 3)),
                                               ("resnet101", (3, 4, 23, 3))])
 def test_the_last_two_stages_are_dilated_by_2_and_4(backbone, blocks):
-    """Stages 3 and 4 keep stride 1; behind the block where the stride was, the 3×3 convolutions have rate 2 and 4."""
+    """Stages 3 and 4 keep stride 1; behind the block where the stride was, the 3×3 convolutions have rate 2
+    and 4."""
     stages = network_of_shapes(backbone).backbone[4:]
     assert tuple(map(len, stages)) == blocks
     strides = [stage[0].conv2.stride[0] for stage in stages]
     assert strides == [1, 2, 1, 1]
     dilations = [[block.conv2.dilation[0] for block in stage] for stage in stages]
-    # torchvision gives the first block of a stage the rate of the stage before it: its input is not yet finer.
-    assert dilations == [[1] * blocks[0], [1] * blocks[1], [1] + [2] * (blocks[2] - 1), [2] + [4] * (blocks[3] - 1)]
+    # torchvision gives the first block of a stage the rate of the stage before it: its input is not yet
+    # finer.
+    assert dilations == [[1] * blocks[0], [1] * blocks[1], [1] + [2] * (blocks[2] - 1),
+                         [2] + [4] * (blocks[3] - 1)]
 
 
 def test_missing_imagenet_weights_are_named(monkeypatch, tmp_path):
-    """Without network the error says which file is wanted and where to put it; a random backbone is no substitute."""
+    """Without network the error says which file is wanted and where to put it; a random backbone is no
+    substitute."""
     def no_network(url, *_, **__):
         raise URLError("no network in this test")
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
@@ -251,27 +267,31 @@ def test_missing_imagenet_weights_are_named(monkeypatch, tmp_path):
         distill.DeepLabV2("resnet50", D, pretrained=True)
 
 
-# ------------------------------------------------------------------------------------------ what the student inherits
+# ---------------------------------------------------------------------------------- what the student inherits
 
 @pytest.mark.parametrize("size", [(32, 32), (61, 77)])
 def test_inherited_head_on_the_teachers_features_is_the_teacher(setup, rectifier, student, size):
     """M^D of CLIP's own features equals stage 1's M_o bit for bit, on CLIP's own grid and on another."""
     reference = rectify.reference_features(setup.clip_model, rectifier.prompt, VOCABULARY.names)
-    features, logits = distill.teach(rectifier, setup.clip_model, random(2, 3, *size), QUERY, reference, "value")
+    features, logits = distill.teach(rectifier, setup.clip_model, random(2, 3, *size), QUERY, reference,
+                                     "value")
     assert torch.equal(features, setup.clip_model.encode_dense(random(2, 3, *size), path="value"))
     assert torch.equal(student.head(features), logits)
 
 
 @pytest.mark.parametrize("grid", [(4, 4), (7, 9), (3, 2)])
 def test_inherited_bias_follows_clips_positions_to_any_grid(setup, rectifier, student, grid):
-    """At the student's grid M_b is Eq. 2 on positions resampled as CLIP itself resamples them (its own grid is 4 × 4)."""
+    """At the student's grid M_b is Eq. 2 on positions resampled as CLIP itself resamples them (its own grid
+    is 4 × 4)."""
     reference = rectify.reference_features(setup.clip_model, rectifier.prompt, VOCABULARY.names)
     positions = setup.clip_model.visual.patch_positions(*grid)
-    assert torch.equal(student.head.bias(*grid), rectify.bias_logits(positions, rectifier.projection, reference))
+    assert torch.equal(student.head.bias(*grid),
+                       rectify.bias_logits(positions, rectifier.projection, reference))
 
 
 def test_inherited_stays_in_eval_mode(setup):
-    """Whatever mode the teacher was in and however often train() is called: BatchNorm keeps the teacher's statistics."""
+    """Whatever mode the teacher was in and however often train() is called: BatchNorm keeps the teacher's
+    statistics."""
     rectifier = new_rectifier(setup).train()
     student = distill.build_student(setup, rectifier, QUERY, SMALL, distill.System(), pretrained=False)
     for change in (lambda: None, student.train, student.eval, student.train):
@@ -281,7 +301,8 @@ def test_inherited_stays_in_eval_mode(setup):
 
 
 def test_training_changes_nothing_that_was_inherited(student, lesson):
-    """After a step the network's weights and statistics are others; every inherited tensor has its old bits."""
+    """After a step the network's weights and statistics are others; every inherited tensor has its old
+    bits."""
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1, weight_decay=5e-4)
     step(student, lesson)["loss"].backward()
@@ -291,7 +312,7 @@ def test_training_changes_nothing_that_was_inherited(student, lesson):
     assert any(name.endswith("running_mean") for name in before if name.startswith("head."))
 
 
-# ------------------------------------------------------------------------------------------ who learns from what
+# --------------------------------------------------------------------------------------- who learns from what
 
 LOSSES = ("mask_loss", "feature_loss", "text_loss")
 
@@ -330,19 +351,23 @@ def test_nothing_trains_the_teacher(setup, rectifier, student):
     lesson = distill.teach(rectifier, setup.clip_model, IMAGES, QUERY, reference, dense_path="residual")
     assert not any(tensor.requires_grad for tensor in lesson)
     step(student, lesson)["loss"].backward()
-    assert all(parameter.grad is None for module in (setup.clip_model, rectifier) for parameter in module.parameters())
+    assert all(parameter.grad is None for module in (setup.clip_model, rectifier)
+               for parameter in module.parameters())
     assert clip.fingerprint(setup.clip_model) == setup.fingerprint
 
 
 @pytest.mark.parametrize("recipe, weights", [
-    (distill.RECIPES["voc"], (1, 0.5, 0.5)), (replace(distill.Recipe(), feature_weight=3.0, text_weight=0.0), (1, 3, 0))])
+    (distill.RECIPES["voc"],
+     (1, 0.5, 0.5)), (replace(distill.Recipe(), feature_weight=3.0, text_weight=0.0), (1, 3, 0))])
 def test_the_loss_is_mask_plus_half_feature_plus_half_text(student, lesson, recipe, weights):
-    """L = L_mask + α L_feat + β L_text, and the three parts that are logged are these, without their weights."""
+    """L = L_mask + α L_feat + β L_text, and the three parts that are logged are these, without their
+    weights."""
     parts = {name: loss.item() for name, loss in step(student, lesson, recipe, seed=4).items()}
     loss = parts.pop("loss")
     mask, feature, text = weights
-    assert loss == pytest.approx(mask * parts["mask"] + feature * parts["feature"] + text * parts["text"], rel=1e-6)
-    with torch.no_grad():                                   # in train mode BatchNorm uses the batch: the same once more
+    assert loss == pytest.approx(mask * parts["mask"] + feature * parts["feature"] + text * parts["text"],
+                                 rel=1e-6)
+    with torch.no_grad():                         # in train mode BatchNorm uses the batch: the same once more
         features = student.network(IMAGES)
         logits = student.head(features)
         pseudo_label = slow_resize(lesson[1], *logits.shape[-2:]).argmax(dim=1)
@@ -357,7 +382,8 @@ def test_the_loss_is_mask_plus_half_feature_plus_half_text(student, lesson, reci
 
 @pytest.mark.parametrize("teacher_grid", [(8, 10), (4, 5), (11, 13)])
 def test_pseudo_labels_are_the_teachers_argmax_everywhere(monkeypatch, student, teacher_grid):
-    """Every place of the student's grid gets a class 0..C−1 from the teacher's resized logits; none is left out."""
+    """Every place of the student's grid gets a class 0..C−1 from the teacher's resized logits; none is left
+    out."""
     seen = []
 
     def remember(logits, pseudo_label):
@@ -367,7 +393,7 @@ def test_pseudo_labels_are_the_teachers_argmax_everywhere(monkeypatch, student, 
     teacher_logits = random(2, C, *teacher_grid, seed=5)
     step(student, (unit(2, D, *teacher_grid, dim=1), teacher_logits))
     assert seen[0].shape == (2, 8, 10) and seen[0].dtype == torch.int64
-    assert seen[0].unique().tolist() == list(range(C))                      # neither 255 nor −100 is among them
+    assert seen[0].unique().tolist() == list(range(C))                    # neither 255 nor −100 is among them
     assert torch.equal(seen[0], slow_resize(teacher_logits, 8, 10).argmax(dim=1))
 
 
@@ -385,16 +411,18 @@ def test_training_lowers_every_loss(student, lesson):
         assert sum(parts[name] for parts in history[-3:]) < sum(parts[name] for parts in history[:3])
 
 
-# ------------------------------------------------------------------------------------------ a student on its own
+# --------------------------------------------------------------------------------------- a student on its own
 
 def test_student_runs_without_clip(setup, student, tmp_path, monkeypatch):
-    """Weights saved and read back give the same logits in a student that was built around nothing and asks CLIP nothing."""
+    """Weights saved and read back give the same logits in a student that was built around nothing and asks
+    CLIP nothing."""
     student = student.eval()
     expected = student.logits(IMAGES)
     torch.save(student.state_dict(), tmp_path / "student.pt")
 
     empty = rectify.Rectifier(setup.clip_model, C, prompt_length=5)        # shapes alone
-    inherited = distill.Inherited(empty, torch.zeros(C, D), torch.zeros(C, D), torch.zeros_like(student.head.positions))
+    inherited = distill.Inherited(empty, torch.zeros(C, D), torch.zeros(C, D),
+                                  torch.zeros_like(student.head.positions))
     other = distill.Student("small", inherited, pretrained=False)
     other.load_state_dict(torch.load(tmp_path / "student.pt", weights_only=True))
     for name in ("encode_image", "encode_text", "encode_dense", "encode_prompt"):
@@ -404,7 +432,8 @@ def test_student_runs_without_clip(setup, student, tmp_path, monkeypatch):
 
 def checkpoint(setup: Setup, student: distill.Student) -> dict:
     setup.training_images = {}
-    settings = setup.settings(distill.System(), SMALL) | {"teacher": 1, "teacher_recipe": asdict(TEACHER_RECIPE)}
+    settings = setup.settings(distill.System(),
+                              SMALL) | {"teacher": 1, "teacher_recipe": asdict(TEACHER_RECIPE)}
     return {"stage": "distill", "step": 1, "weights": student.state_dict(), "settings": settings}
 
 
@@ -417,7 +446,8 @@ def test_load_student_gives_the_trained_student_back(setup, student):
 
 
 def test_load_student_refuses_other_words_and_another_clip(setup, student):
-    """A student knows its own classes alone and was taught by one CLIP: anything else is an error that says so."""
+    """A student knows its own classes alone and was taught by one CLIP: anything else is an error that says
+    so."""
     files.save(setup.folder("distill") / "checkpoint.pt", checkpoint(setup, student))
     other = words.vocabulary_of("toys", (("dog",), *VOCABULARY.synonyms[1:]))
     with pytest.raises(ValueError, match="another class list.*dog.*cat"):
@@ -433,13 +463,15 @@ def test_load_student_refuses_other_words_and_another_clip(setup, student):
 def test_the_recipe_of_voc_is_the_papers():
     """Every number of stage 2 on VOC, as the paper and the released code have it."""
     assert asdict(distill.RECIPES["voc"]) == dict(
-        backbone="resnet50", feature_weight=0.5, text_weight=0.5, losses_at="grid", short_side=512, crop=(512, 512), scale=(0.5, 2.0),
+        backbone="resnet50", feature_weight=0.5, text_weight=0.5, losses_at="grid", short_side=512,
+                                                  crop=(512, 512), scale=(0.5, 2.0),
         distort=True, batch_size=16, learning_rate=0.01, momentum=0.9, weight_decay=5e-4, poly_power=0.9,
         floor=0.01, epochs=100)
 
 
 @pytest.mark.parametrize("dataset, short_side, crop, epochs", [
-    ("voc", 512, (512, 512), 100), ("context", 520, (480, 480), 150), ("context-voc-first", 520, (480, 480), 150),
+    ("voc", 512, (512, 512),
+     100), ("context", 520, (480, 480), 150), ("context-voc-first", 520, (480, 480), 150),
     ("ade", 512, (512, 512), 150), ("cityscapes", 512, (512, 512), 100), ("coco", 512, (512, 512), 50)])
 def test_recipes_of_the_other_datasets_are_the_released_codes(dataset, short_side, crop, epochs):
     """Scale, crop and length differ; batch 16, rate 0.01, ratio 0.5 to 2 and all else are VOC's."""
@@ -448,7 +480,8 @@ def test_recipes_of_the_other_datasets_are_the_released_codes(dataset, short_sid
 
 
 def test_rate_of_stage_2_falls_to_its_floor_and_stays_there():
-    """rate · (1 − step/steps)^0.9, and never below 1e-4 with VOC's numbers: the last five steps of 1,000 are at it."""
+    """rate · (1 − step/steps)^0.9, and never below 1e-4 with VOC's numbers: the last five steps of 1,000 are
+    at it."""
     recipe = distill.RECIPES["voc"]
     rates = [distill.learning_rate(recipe, step, 1000) for step in range(1000)]
     assert rates[0] == 0.01 and rates[500] == pytest.approx(0.01 * 0.5 ** 0.9)

@@ -2,8 +2,9 @@
 
     python -m pytest tests/test_field.py             # some 800 generated cases
 
-Two tables are walked whole. Labels: every (mode × palette × values × format) that Pillow can write. Listings: every
-(name of a mask × place × ending × letter case × spelling). Each other kind of a public report has a test of its own name.
+Two tables are walked whole. Labels: every (mode × palette × values × format) that Pillow can write. Listings:
+every (name of a mask × place × ending × letter case × spelling). Each other kind of a public report has a
+test of its own name.
 """
 
 import json
@@ -34,11 +35,13 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-# ------------------------------------------------------------------------------------------ labels, every combination
+# ---------------------------------------------------------------------------------- labels, every combination
 
 MODES = ["1", "L", "P", "I;16", "I", "F", "RGB", "RGBA", "LA", "CMYK"]
-PALETTES = {"none": None, "grey": [(k, k, k) for k in range(256)], "colours": [(k, 255 - k, 7) for k in range(256)]}
-VALUES = {"classes": [0, 1, 2], "with 255": [0, 1, 255], "two": [0, 1], "one too many": [0, 1, 3], "a colour": [0, 128]}
+PALETTES = {"none": None, "grey": [(k, k, k) for k in range(256)],
+            "colours": [(k, 255 - k, 7) for k in range(256)]}
+VALUES = {"classes": [0, 1, 2], "with 255": [0, 1, 255], "two": [0, 1], "one too many": [0, 1, 3],
+          "a colour": [0, 128]}
 FORMATS = {"png": {}, "tif": {}, "bmp": {}, "gif": {}, "webp": {"lossless": True}, "jpg": {}}
 
 
@@ -66,10 +69,12 @@ def written(path: Path, mode: str, palette, values: list[int], ending: str) -> b
 
 
 @pytest.mark.parametrize("ending", FORMATS)
-@pytest.mark.parametrize("mode, palette", [*((mode, "none") for mode in MODES), ("P", "grey"), ("P", "colours")])
+@pytest.mark.parametrize("mode, palette",
+                         [*((mode, "none") for mode in MODES), ("P", "grey"), ("P", "colours")])
 @pytest.mark.parametrize("values", VALUES)
 def test_label_is_read_rightly_or_refused(tmp_path, mode, palette, values, ending):
-    """What comes out are the very values that were meant; or a paragraph that names the file. Nothing in between."""
+    """What comes out are the very values that were meant; or a paragraph that names the file. Nothing in
+    between."""
     path = tmp_path / f"a.{ending}"
     if not written(path, mode, PALETTES[palette], VALUES[values], ending):
         pytest.skip("Pillow writes no such file")
@@ -86,11 +91,12 @@ def test_label_is_read_rightly_or_refused(tmp_path, mode, palette, values, endin
     assert np.array_equal(found, meant)
 
 
-# ------------------------------------------------------------------------------------------ listings, every combination
+# -------------------------------------------------------------------------------- listings, every combination
 
 MASKS = ["{}_mask", "{}_masks", "{}-mask", "{}_seg", "{}_parts_1", "{}_label", "{}_labels", "{}_labelIds",
          "{}_gtFine_labelTrainIds", "{}_gtFine_color", "{}_gt", "{}.mask", "instance_000_{}"]
-FOLDERS = ["SegmentationClass", "SegmentationObject", "masks", "labels", "annotations", "gtFine", "ground_truth"]
+FOLDERS = ["SegmentationClass", "SegmentationObject", "masks", "labels", "annotations", "gtFine",
+           "ground_truth"]
 SPELLINGS = {"NFC": "Früh", "NFD": unicodedata.normalize("NFD", "Früh"), "plain": "0001"}
 
 
@@ -100,14 +106,15 @@ SPELLINGS = {"NFC": "Früh", "NFD": unicodedata.normalize("NFD", "Früh"), "plai
 @pytest.mark.parametrize("place", [*MASKS, *(f"{name}/{{}}" for name in FOLDERS),
                                    *(f"{name.upper()}/deep/{{}}" for name in FOLDERS), "elsewhere/{}"])
 def test_mask_among_the_photographs_is_left_out_and_told(folder, capsys, place, spelling, linked, ending):
-    """Whatever it is called and wherever it lies; the photograph itself stays, also behind a linked folder."""
+    """Whatever it is called and wherever it lies; the photograph itself stays, also behind a linked
+    folder."""
     name = SPELLINGS[spelling]
     write_photos(folder / "real", f"trip/{name}.jpg")
     write_label(folder / "real/trip" / f"{place.format(name)}{ending}", np.zeros((40, 56)))
     (folder / "photos").mkdir()
     if linked:
         (folder / "photos/trip").symlink_to(folder / "real/trip")
-        (folder / "real/trip/back").symlink_to(folder / "photos")           # a link that leads back is no endless walk
+        (folder / "real/trip/back").symlink_to(folder / "photos")  # a link that leads back is no endless walk
     else:
         (folder / "real/trip").rename(folder / "photos/trip")
     found = images.training_images("photos", "data")
@@ -146,7 +153,7 @@ def test_photographs_of_linked_folders_count_in_every_layout(folder):
         assert list(labels.label_files("cityscapes", "data", split, list(found))) == list(expected)
 
 
-# ------------------------------------------------------------------------------------------ no label is listed or opened
+# ------------------------------------------------------------------------------- no label is listed or opened
 
 WATCHED = """
 import json, sys
@@ -179,7 +186,7 @@ def test_training_opens_no_file_that_is_named_like_a_label(folder, tiny_clip):
     assert not [path for path in opened if "photos" in path and path.endswith(".png") and "runs" not in path]
 
 
-# ------------------------------------------------------------------------------------------ values that mean something else
+# ---------------------------------------------------------------------------- values that mean something else
 
 def test_masks_of_0_and_255_for_two_classes_are_refused(folder, capsys):
     """255 is "ignored": with it the second class has no pixel, and mIoU is half of what it should be."""
@@ -229,7 +236,8 @@ def test_palette_that_a_tool_sorted_anew_is_refused(folder):
     Image.fromarray(np.resize(np.arange(3, dtype=np.uint8), (4, 6))).save("grey.png")
     for name in ("a", "grey", "a"):
         reader(Path(f"{name}.png"), (4, 6))
-    with pytest.raises(ValueError, match=r"b\.png: expected the value 0 to have the colour \(10, 20, 30\) as in a\.png"):
+    with pytest.raises(ValueError,
+                       match=r"b\.png: expected the value 0 to have the colour \(10, 20, 30\) as in a\.png"):
         reader(Path("b.png"), (4, 6))
 
 
@@ -275,16 +283,19 @@ def test_coco_ids_that_never_occur_refuse(folder, value):
         labels.LabelReader("coco", 27)(Path("a.png"), (8, 8))
 
 
-# ------------------------------------------------------------------------------------------ class lists in other syntax
+# -------------------------------------------------------------------------------- class lists in other syntax
 
 SAME = [("sky",), ("grass",), ("wall",)]
 
 
 @pytest.mark.parametrize("text", [
-    "sky\ngrass\nwall\n", "\ufeffsky\ngrass\nwall", "s\u200bky\ngra\u200dss\nwall\n", "0: sky\n1: grass\n2: wall\n",
-    "0,sky\n1,grass\n2,wall\n", "0 sky\n1 grass\n2 wall\n", "0\tsky\n1\tgrass\n2\twall\n", "“sky”\n\"grass\"\n«wall»\n",
+    "sky\ngrass\nwall\n", "\ufeffsky\ngrass\nwall", "s\u200bky\ngra\u200dss\nwall\n",
+                                  "0: sky\n1: grass\n2: wall\n",
+    "0,sky\n1,grass\n2,wall\n", "0 sky\n1 grass\n2 wall\n", "0\tsky\n1\tgrass\n2\twall\n",
+                                  "“sky”\n\"grass\"\n«wall»\n",
     "- sky\n- grass\n- wall\n", '["sky", "grass", "wall"]', '{"0": "sky", "1": "grass", "2": "wall"}',
-    '{"sky": 0, "wall": 2, "grass": 1}', '[{"id": 1, "name": "sky"}, {"id": 2, "name": "grass"}, {"id": 3, "name": "wall"}]',
+    '{"sky": 0, "wall": 2, "grass": 1}',
+                                  '[{"id": 1, "name": "sky"}, {"id": 2, "name": "grass"}, {"id": 3, "name": "wall"}]',
     '{"categories": [{"name": "sky"}, {"name": "grass"}, {"name": "wall"}]}',
     "# label:color_rgb:parts:actions\nsky:51,221,255::\ngrass:250,50,83::\nwall:184,61,245::\n",
     "__ignore__\nsky\ngrass\nwall\n", "Pixel Value, Class\n0, sky\n1, grass\n2, wall\n"])
@@ -298,15 +309,17 @@ def test_semicolons_stand_between_synonyms(folder):
     assert words.read_classes(Path("other.txt")) == (("sky", "heaven"), ("grass",))
 
 
-@pytest.mark.parametrize("text, said", [("1: sky\n2: grass\n", "numbers that count from 0"), ("0: sky\n2: grass\n", "count from 0"),
-                                        ("sky; grass; wall\n", "at least two classes, found 1"), ('{"a": {"b": 1}}', "JSON")])
+@pytest.mark.parametrize("text, said", [("1: sky\n2: grass\n", "numbers that count from 0"),
+                                        ("0: sky\n2: grass\n", "count from 0"),
+                                        ("sky; grass; wall\n", "at least two classes, found 1"),
+                                        ('{"a": {"b": 1}}', "JSON")])
 def test_class_list_that_would_be_misread_is_refused(folder, text, said):
     Path("other.txt").write_text(text)
     with pytest.raises(ValueError, match=said):
         words.read_classes(Path("other.txt"))
 
 
-# ------------------------------------------------------------------------------------------ a part of the data
+# ----------------------------------------------------------------------------------------- a part of the data
 
 @pytest.mark.parametrize("given", ["a.PNG", "A.png", "Früh.png"])
 def test_label_is_found_whatever_its_case_and_spelling(folder, capsys, given):
@@ -329,7 +342,8 @@ def test_list_with_paths_instead_of_ids_is_refused(folder, capsys):
     write_voc_tree(folder / "data")
     path = folder / "data/VOCdevkit/VOC2012/ImageSets/Segmentation/train.txt"
     path.write_text("".join(f"JPEGImages/{line}.jpg\n" for line in path.read_text().split()))
-    with pytest.raises(ValueError, match="expected ids alone, one a line .as 2007_000032.; found a path or a file name"):
+    with pytest.raises(ValueError,
+                       match="expected ids alone, one a line .as 2007_000032.; found a path or a file name"):
         images.training_images("voc", "data")
 
 
@@ -340,11 +354,12 @@ def test_two_photographs_of_one_name_keep_two_results(folder, capsys):
     assert sorted(path.name for path in Path("runs/segment").iterdir()) \
         == ["1_index.png", "1_overlay.png", "b_1_index.png", "b_1_overlay.png"]
     assert "is of another photo called 1, and stays" in capsys.readouterr().out
-    run(segment, "a/1.jpg", "--classes", "sky, grass", "--clip", "toyland")     # the same photo again: the same names
+    # the same photo again: the same names
+    run(segment, "a/1.jpg", "--classes", "sky, grass", "--clip", "toyland")
     assert len(list(Path("runs/segment").iterdir())) == 4
 
 
-# ------------------------------------------------------------------------------------------ geometry and appearance
+# ------------------------------------------------------------------------------------ geometry and appearance
 
 def turned_photo(path: Path, orientation: int, height: int = 40, width: int = 56) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -365,7 +380,8 @@ def test_photographs_turned_by_exif_are_counted_and_told(folder, capsys, orienta
 
 def test_label_with_swapped_sides_names_exif(folder):
     write_label(Path("a.png"), np.zeros((40, 56)))
-    with pytest.raises(ValueError, match="sides are swapped: was the photograph turned by its EXIF orientation"):
+    with pytest.raises(ValueError,
+                       match="sides are swapped: was the photograph turned by its EXIF orientation"):
         labels.LabelReader("photos", 3)(Path("a.png"), (56, 40))
 
 
@@ -383,7 +399,8 @@ def test_transparent_pixels_are_white_and_background(folder, mode):
 
 
 def test_names_that_the_font_lacks_are_numbers_in_the_legend():
-    assert evaluate.drawable(["Ёлка", "crème brûlée", "天空", "sky"]) == ["Ёлка", "crème brûlée", "class 2", "sky"]
+    assert evaluate.drawable(["Ёлка", "crème brûlée", "天空",
+                              "sky"]) == ["Ёлка", "crème brûlée", "class 2", "sky"]
 
 
 def test_words_beyond_english_are_told_once(folder, capsys):
@@ -392,12 +409,13 @@ def test_words_beyond_english_are_told_once(folder, capsys):
     assert capsys.readouterr().out.count("CLIP learned from English captions") == 1
 
 
-# ------------------------------------------------------------------------------------------ resources, small lies
+# -------------------------------------------------------------------------------------- resources, small lies
 
 def test_picture_beyond_pillows_limit_is_named_as_such(folder, monkeypatch):
     write_photos(folder, "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(ValueError, match="a.png: expected at most 0 megapixels, Pillow's limit .* Scale it down"):
+    with pytest.raises(ValueError,
+                       match="a.png: expected at most 0 megapixels, Pillow's limit .* Scale it down"):
         images.read_image(Path("a.png"))
 
 
@@ -410,7 +428,8 @@ def test_classes_of_a_large_photograph_are_upsampled_a_few_at_a_time(monkeypatch
         assert torch.equal(evaluate.best_class(logits, (50, 70))[0].long(), expected)
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+@pytest.mark.parametrize("error", [MemoryError(),
+                                   RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
                                    RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")])
 def test_out_of_memory_is_one_paragraph(folder, capsys, monkeypatch, error):
     def fail(*_):
@@ -434,5 +453,6 @@ def test_second_run_into_a_folder_says_what_it_replaces(folder, tiny_clip, monke
 
 
 def test_every_public_dataset_describes_what_other_values_are():
-    """ADE and COCO are the two whose labels circulate in another numbering that no value of its own betrays."""
+    """ADE and COCO are the two whose labels circulate in another numbering that no value of its own
+    betrays."""
     assert {name for name, dataset in DATASETS.items() if dataset.other_values} == {"ade", "coco"}

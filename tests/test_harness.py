@@ -27,7 +27,7 @@ def names_in(folder) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-# ------------------------------------------------------------------------------------------ files, whole or not at all
+# --------------------------------------------------------------------------------- files, whole or not at all
 
 def test_file_is_written_whole_with_its_folders(tmp_path):
     """The content, readable by everyone, and no temporary file beside it."""
@@ -37,7 +37,8 @@ def test_file_is_written_whole_with_its_folders(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o644
 
 
-@pytest.mark.parametrize("error", [ValueError("half-way"), OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [ValueError("half-way"), OSError(28, "No space left on device"),
+                                   KeyboardInterrupt()])
 def test_old_file_stays_when_writing_fails(tmp_path, error):
     """Whatever stops a write, also Ctrl-C: the old content stays, and nothing half-written is left."""
     path = tmp_path / "a.bin"
@@ -77,7 +78,8 @@ def test_file_in_place_of_a_folder_is_an_error(tmp_path):
 
 def test_checkpoint_comes_back_as_it_was_saved(tmp_path):
     """Tensors of every type, numbers and strings, through a reader that admits nothing else."""
-    content = {"stage": "rectify", "weights": {"a": torch.randn(3), "b": torch.tensor(7), "c": torch.ones(2).half()},
+    content = {"stage": "rectify",
+               "weights": {"a": torch.randn(3), "b": torch.tensor(7), "c": torch.ones(2).half()},
                "settings": {"seed": 0, "names": ["x"], "rate": 0.1, "none": None}}
     files.save(tmp_path / "checkpoint.pt", content)
     found = runs.load(tmp_path / "checkpoint.pt", "rectify", needs={})
@@ -118,17 +120,20 @@ def test_full_disk_is_an_os_error_also_inside_torch(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------ loading
 
 def test_missing_checkpoint_names_the_command_that_makes_it(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"expected a checkpoint at .*a\.pt, found none.*python rectify\.py"):
+    with pytest.raises(FileNotFoundError,
+                       match=r"expected a checkpoint at .*a\.pt, found none.*python rectify\.py"):
         runs.load(tmp_path / "a.pt", "rectify")
 
 
-@pytest.mark.parametrize("damage", [lambda whole: b"", lambda whole: whole[:len(whole) // 2], lambda whole: b"text" * 99,
+@pytest.mark.parametrize("damage", [lambda whole: b"", lambda whole: whole[:len(whole) // 2],
+                                    lambda whole: b"text" * 99,
                                     lambda whole: whole[:200] + b"\0" * 300 + whole[500:]],
                          ids=["empty", "half", "another file", "a hole"])
 def test_damaged_checkpoint_is_named(tmp_path, damage):
     files.save(tmp_path / "a.pt", {"stage": "rectify", "weights": torch.zeros(100)})
     (tmp_path / "a.pt").write_bytes(damage((tmp_path / "a.pt").read_bytes()))
-    with pytest.raises(ValueError, match=r"a\.pt: expected a checkpoint, found a damaged file .*python rectify\.py"):
+    with pytest.raises(ValueError,
+                       match=r"a\.pt: expected a checkpoint, found a damaged file .*python rectify\.py"):
         runs.load(tmp_path / "a.pt", "rectify")
 
 
@@ -138,7 +143,8 @@ def flipped(whole: bytes, bit: int) -> bytes:
 
 
 def test_single_flipped_bit_is_noticed_wherever_it_is(tmp_path):
-    """torch alone would read most of these files and give other weights. Bits that mean nothing may go unnoticed."""
+    """torch alone would read most of these files and give other weights. Bits that mean nothing may go
+    unnoticed."""
     expected = torch.arange(500.0)
     files.save(tmp_path / "a.pt", {"stage": "rectify", "settings": {}, "weights": {"w": expected}})
     whole, noticed = (tmp_path / "a.pt").read_bytes(), 0
@@ -154,10 +160,12 @@ def test_single_flipped_bit_is_noticed_wherever_it_is(tmp_path):
     assert noticed > 200                        # 2,000 bytes of tensor are more than half of the file
 
 
-@pytest.mark.parametrize("content, found", [({"stage": "distill"}, "'distill'"), ({}, "None"), ([1], "'list'")])
+@pytest.mark.parametrize("content, found",
+                         [({"stage": "distill"}, "'distill'"), ({}, "None"), ([1], "'list'")])
 def test_checkpoint_of_another_stage_is_refused(tmp_path, content, found):
     files.save(tmp_path / "a.pt", content)
-    with pytest.raises(ValueError, match=rf"a\.pt: expected a checkpoint of the stage 'rectify', found {found}"):
+    with pytest.raises(ValueError,
+                       match=rf"a\.pt: expected a checkpoint of the stage 'rectify', found {found}"):
         runs.load(tmp_path / "a.pt", "rectify")
 
 
@@ -173,7 +181,7 @@ def test_checkpoint_with_a_program_in_it_is_not_run(tmp_path):
     assert not (tmp_path / "was run").exists()
 
 
-# ------------------------------------------------------------------------------------------ newest, refusal, seeds
+# ------------------------------------------------------------------------------------- newest, refusal, seeds
 
 def write_checkpoint(path, stage, when, **content):
     settings = {name: kind() for name, kind in runs.SETTINGS.items()}
@@ -194,7 +202,8 @@ def test_newest_checkpoint_of_a_stage_whatever_the_dataset(tmp_path):
 
 
 def test_run_that_is_meant_is_the_newest_of_all_stages_and_then_its_first(tmp_path):
-    """A student was written last: its run is meant, and its teacher says what the run is of. --data has the last word."""
+    """A student was written last: its run is meant, and its teacher says what the run is of. --data has the
+    last word."""
     for when, name in enumerate(["voc/rectify", "toyland/rectify", "voc/distill", "only/distill"]):
         write_checkpoint(tmp_path / name / "checkpoint.pt", name.split("/")[1], when)
     found = [runs.find(tmp_path, data, "rectify", "distill")["path"].relative_to(tmp_path).parent.as_posix()
@@ -211,7 +220,8 @@ def test_checkpoint_without_a_setting_is_refused_by_its_name(tmp_path, name, val
     if value == "lacking":
         del settings[name]
     files.save(tmp_path / "a.pt", {"stage": "rectify", "settings": settings, "weights": {}})
-    with pytest.raises(ValueError, match=rf"a\.pt: expected a checkpoint as this version writes it, found no {name} "):
+    with pytest.raises(ValueError,
+                       match=rf"a\.pt: expected a checkpoint as this version writes it, found no {name} "):
         runs.load(tmp_path / "a.pt", "rectify")
 
 
@@ -230,9 +240,11 @@ def test_weights_of_another_shape_are_the_files_fault_and_a_typo_is_not(tmp_path
 
 
 def test_checkpoint_of_another_system_says_the_command_that_knows_it():
-    checkpoint = {"path": "a.pt", "settings": {"system": {"name": "other", "command": "python paper/run.py other"}}}
+    checkpoint = {"path": "a.pt",
+                  "settings": {"system": {"name": "other", "command": "python paper/run.py other"}}}
     runs.refuse_other_system(checkpoint, "other")
-    with pytest.raises(ValueError, match="expected a checkpoint of reclip.*, found one of other, .*: python paper/run.py other"):
+    with pytest.raises(ValueError,
+                       match="expected a checkpoint of reclip.*, found one of other, .*: python paper/run.py other"):
         runs.refuse_other_system(checkpoint, "reclip++")
 
 
@@ -249,7 +261,8 @@ def test_stage_folder_of_a_dataset_and_of_a_folder(tmp_path, monkeypatch):
 
 def test_settings_are_compared_and_both_are_shown(tmp_path):
     runs.refuse_unless(tmp_path / "a.pt", "class list", expected=["cat"], found=["cat"])
-    with pytest.raises(ValueError, match=r"a\.pt was made with another class list\. Expected \['cat'\]; found \['dog'\]"):
+    with pytest.raises(ValueError,
+                       match=r"a\.pt was made with another class list\. Expected \['cat'\]; found \['dog'\]"):
         runs.refuse_unless(tmp_path / "a.pt", "class list", expected=["cat"], found=["dog"])
     with pytest.raises(ValueError) as error:
         runs.refuse_unless(tmp_path / "a.pt", "images", expected=list(range(10_000)), found=[])
@@ -259,7 +272,8 @@ def test_settings_are_compared_and_both_are_shown(tmp_path):
 def test_seed_is_the_same_for_ever_and_another_for_every_purpose():
     """Values written down once: were they to change, no old run could be resumed or repeated."""
     assert machine.seed_of(0, "order", 3) == 8483304753239185838
-    seeds = {machine.seed_of(*parts) for parts in [(0,), (1,), (0, "order", 0), (0, "order", 1), (0, "gumbel", 0), ("0",),
+    seeds = {machine.seed_of(*parts)
+             for parts in [(0,), (1,), (0, "order", 0), (0, "order", 1), (0, "gumbel", 0), ("0",),
                                                 (0, 1), ((0, 1),), (1, 0)]}
     assert len(seeds) == 9 and all(0 <= seed < 2 ** 63 for seed in seeds)
     torch.Generator().manual_seed(max(seeds))
@@ -301,7 +315,8 @@ def test_worker_processes_do_not_keep_the_lock_of_a_killed_run(tmp_path):
     """A forked worker may outlive its run for seconds; --resume must not have to wait for it."""
     program = HOLDING.format(root=str(ROOT), path=str(tmp_path / "lock"), seconds=60).replace(
         "    print(", "    import os\n    os.fork() or time.sleep(60)\n    print(")
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True,
+                               start_new_session=True)
     assert process.stdout.readline() == "held\n"
     process.kill()
     process.wait()
@@ -327,11 +342,11 @@ def holder_refused(path):
 
 
 def test_two_processes_that_want_the_same_cache_make_it_once(tmp_path):
-    program = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport time, torch\nfrom pathlib import Path\n"
-               "from harness import files\n"
-               "def make():\n    print('made'); time.sleep(0.5); return torch.ones(2)\n"
-               f"files.cached(Path({str(tmp_path)!r}), 'x', 'key', (2,), make)")
-    both = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    program = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport time, torch\nfrom pathlib import "
+               "Path\nfrom harness import files\ndef make():\n    print('made'); time.sleep(0.5); return "
+               f"torch.ones(2)\nfiles.cached(Path({str(tmp_path)!r}), 'x', 'key', (2,), make)")
+    both = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+            for _ in range(2)]
     assert "".join(process.communicate()[0] for process in both) == "made\n"
     assert len(names_in(tmp_path)) == 1
 
@@ -371,7 +386,8 @@ def test_cache_with_a_flipped_bit_is_not_trusted(tmp_path, capsys):
     expected = torch.arange(500.0)
     files.cached(tmp_path, "query", "key", (500,), lambda: expected)
     [path] = tmp_path.iterdir()
-    path.write_bytes(flipped(path.read_bytes(), bit=8 * (path.read_bytes().index(expected.numpy().tobytes()) + 1001)))
+    path.write_bytes(flipped(path.read_bytes(),
+                             bit=8 * (path.read_bytes().index(expected.numpy().tobytes()) + 1001)))
     assert torch.equal(files.cached(tmp_path, "query", "key", (500,), lambda: expected.clone()), expected)
     assert "is damaged" in capsys.readouterr().out
 
@@ -397,8 +413,10 @@ def test_cache_of_another_content_is_made_again(tmp_path, capsys, content):
 @pytest.mark.parametrize("error, code, message", [
     (ValueError("a.png: expected RGB, found grey."), 2, "error: a.png: expected RGB, found grey."),
     (FileNotFoundError("expected a list, found none"), 2, "error: expected a list, found none"),
-    (FileExistsError(17, "File exists", "runs/voc"), 2, "error: expected to use runs/voc, found: File exists."),
-    (OSError(28, "No space left on device"), 2, "expected to use the run folder, found: No space left on device."),
+    (FileExistsError(17, "File exists", "runs/voc"), 2,
+     "error: expected to use runs/voc, found: File exists."),
+    (OSError(28, "No space left on device"), 2,
+     "expected to use the run folder, found: No space left on device."),
     (ValueError(), 2, "error: ValueError"),
     (KeyboardInterrupt("Saved after step 3."), 130, "stopped. Saved after step 3.")])
 def test_what_a_user_can_cause_ends_in_one_paragraph(capsys, error, code, message):
@@ -427,9 +445,10 @@ def test_error_from_a_worker_process_is_said_without_its_traceback(capsys):
 
 def test_who_stops_reading_gets_no_complaint():
     """`| head` closes the pipe: that is no fault of the run folder."""
-    program = (f"import sys; sys.path[:0] = [{str(ROOT)!r}]\nfrom harness import errors\nwith errors.one_paragraph():\n"
-               "    while True: print('line', flush=True)")
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    program = (f"import sys; sys.path[:0] = [{str(ROOT)!r}]\nfrom harness import errors\nwith "
+               "errors.one_paragraph():\n    while True: print('line', flush=True)")
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as process:
         process.stdout.readline()
         process.stdout.close()
         assert process.stderr.read() == b"" and process.wait(timeout=60) == 141
@@ -464,16 +483,20 @@ def test_home_folder_is_meant_by_its_sign_also_behind_an_equals_sign(monkeypatch
     """The shell leaves ~ alone in --out=~/runs, and a folder called "~" is nobody's wish."""
     monkeypatch.setenv("HOME", "/home/somebody")
     args = flags.parser("What.").parse_args(["--out=~/runs", "--data=~/photos", "--classes", "~/names.txt"])
-    assert (args.out, args.data, args.classes) == ("/home/somebody/runs", "/home/somebody/photos", "/home/somebody/names.txt")
+    assert (args.out, args.data,
+            args.classes) == ("/home/somebody/runs", "/home/somebody/photos", "/home/somebody/names.txt")
 
 
 def test_flags_that_are_not_given_are_none():
     """So that a later stage can tell "as in the checkpoint" from a value that the user chose."""
     args = flags.parser("What.", "training", "rectify", "labels").parse_args([])
-    for name in ("data", "root", "classes", "clip", "activation", "device", "epochs", "batch_size", "learning_rate", "labels",
-                 "vote_threshold", "window_ratio", "dense_path", "mask_scale", "loss_scale", "cache_features", "cache"):
+    for name in ("data", "root", "classes", "clip", "activation", "device", "epochs", "batch_size",
+                 "learning_rate", "labels",
+                 "vote_threshold", "window_ratio", "dense_path", "mask_scale", "loss_scale", "cache_features",
+                 "cache"):
         assert getattr(args, name) is None, name
-    assert (args.out, args.seed, args.precision, args.resume, args.download) == ("runs", 0, "fp32", False, False)
+    assert (args.out, args.seed, args.precision, args.resume,
+            args.download) == ("runs", 0, "fp32", False, False)
     assert (args.save_every, args.debug) == (10.0, False)
     assert not hasattr(flags.parser("What.").parse_args([]), "resume")
 
@@ -488,7 +511,9 @@ def test_recipe_takes_what_flags_give_and_keeps_the_rest():
         momentum: float = 0.9
 
     def read(*given):
-        return dataclasses.astuple(flags.with_flags(Recipe(), flags.parser("What.", "training").parse_args(given), most=10))
+        return dataclasses.astuple(flags.with_flags(Recipe(),
+                                                    flags.parser("What.", "training").parse_args(given),
+                                                    most=10))
 
     assert read() == (4, 0.1, 3, 0.9)
     assert read("--batch-size", "8", "--epochs", "5") == (8, 0.2, 5, 0.9)
@@ -503,9 +528,11 @@ def test_abbreviated_flags_are_refused(capsys):
         flags.parser("What.", "training").parse_args(["--epoch", "3"])
 
 
-@pytest.mark.parametrize("name", ["nonsense", "cpu:x", "meta", "cuda:99", "hpu", "xla", "mps:7", "privateuseone"])
+@pytest.mark.parametrize("name",
+                         ["nonsense", "cpu:x", "meta", "cuda:99", "hpu", "xla", "mps:7", "privateuseone"])
 def test_device_that_is_not_there_is_refused_by_name(name):
-    with pytest.raises(ValueError, match=rf"--device {name}: expected a device of this machine, found none.*--device cpu"):
+    with pytest.raises(ValueError,
+                       match=rf"--device {name}: expected a device of this machine, found none.*--device cpu"):
         machine.device_of(name)
     assert machine.device_of("cpu").type == "cpu"
 
@@ -521,23 +548,27 @@ class Interrupted(Exception):
 
 
 def toy(seed=0):
-    """A model with weights and BatchNorm statistics, and an optimiser with momentum: all that has to be resumed."""
+    """A model with weights and BatchNorm statistics, and an optimiser with momentum: all that has to be
+    resumed."""
     torch.manual_seed(seed)
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 1))
     return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
 
-def train(folder, resume=False, settings=SETTINGS, steps=STEPS, at_step=lambda step: None, seed=0, poison=None,
+def train(folder, resume=False, settings=SETTINGS, steps=STEPS, at_step=lambda step: None, seed=0,
+          poison=None,
           save_every=10.0):
     """A little training as the stages do it: what is random in a step depends on the step alone."""
     model, optimizer = toy(seed)
-    with runs.Training(folder, "toy", settings, {"stage": "toy", "recipe": {"rate": 0.1}}, model, optimizer, steps=steps,
+    with runs.Training(folder, "toy", settings, {"stage": "toy", "recipe": {"rate": 0.1}}, model, optimizer,
+                       steps=steps,
                        steps_per_epoch=PER_EPOCH, resume=resume, save_every=save_every) as training:
         for step in range(training.first_step, steps):
             at_step(step)
             inputs = torch.randn(8, 3, generator=torch.Generator().manual_seed(machine.seed_of(0, step)))
             loss = model(inputs).square().mean() + model(inputs).mean()
-            training.descend(loss * poison if poison and step == PER_EPOCH + 1 else loss, 0.1 / (1 + step), ["a", "b"])
+            training.descend(loss * poison if poison and step == PER_EPOCH + 1 else loss, 0.1 / (1 + step),
+                             ["a", "b"])
             training.done(loss=loss.item())
     return folder / "checkpoint.pt"
 
@@ -586,12 +617,14 @@ def test_finished_run_leaves_checkpoint_recipe_and_log(tmp_path, capsys):
 
 @pytest.mark.parametrize("stop", [1, PER_EPOCH, PER_EPOCH + 2, STEPS - 1])
 def test_killed_run_continues_to_the_same_weights(tmp_path, stop):
-    """A run that broke off in step `stop` goes on from the last whole epoch and ends bit for bit like one that did not."""
+    """A run that broke off in step `stop` goes on from the last whole epoch and ends bit for bit like one
+    that did not."""
     expected = train(tmp_path / "whole")
     with pytest.raises(Interrupted):
         train(tmp_path / "run", at_step=raise_at(stop, Interrupted()))
     assert not (tmp_path / "run/checkpoint.pt").exists()
-    assert torch.load(tmp_path / "run/unfinished/state.pt", weights_only=True)["step"] == stop // PER_EPOCH * PER_EPOCH
+    assert torch.load(tmp_path / "run/unfinished/state.pt",
+                      weights_only=True)["step"] == stop // PER_EPOCH * PER_EPOCH
     assert_same_weights(train(tmp_path / "run", resume=True, seed=1), expected)
     assert logged_steps(tmp_path / "run") == list(range(STEPS))
     assert names_in(tmp_path / "run") == ["checkpoint.pt", "log.jsonl", "recipe.json"]
@@ -599,14 +632,16 @@ def test_killed_run_continues_to_the_same_weights(tmp_path, stop):
 
 @pytest.mark.parametrize("stop", [0, 2, PER_EPOCH - 1, STEPS - 1])
 def test_ctrl_c_finishes_the_step_saves_and_resumes_to_the_same_weights(tmp_path, stop):
-    """Not a step is lost or done twice, whether the signal comes in the first step, the last or between epochs."""
+    """Not a step is lost or done twice, whether the signal comes in the first step, the last or between
+    epochs."""
     expected = train(tmp_path / "whole")
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "run", at_step=send_sigint_at(stop))
     assert signal.getsignal(signal.SIGINT) is before
     assert torch.load(tmp_path / "run/unfinished/state.pt", weights_only=True)["step"] == stop + 1
-    assert not (tmp_path / "run/checkpoint.pt").exists() and logged_steps(tmp_path / "run") == list(range(stop + 1))
+    assert not (tmp_path / "run/checkpoint.pt").exists() and logged_steps(tmp_path / "run") == list(range(stop
+                                                                                                          + 1))
     done = []
     assert_same_weights(train(tmp_path / "run", resume=True, at_step=done.append, seed=1), expected)
     assert done == list(range(stop + 1, STEPS)) and logged_steps(tmp_path / "run") == list(range(STEPS))
@@ -641,16 +676,18 @@ def test_resume_of_a_run_that_did_no_step_yet_starts_from_its_beginning(tmp_path
     other = SETTINGS | {"recipe": {"rate": 0.2}}
     with pytest.raises(Interrupted):
         train(tmp_path / "run", settings=other, at_step=raise_at(1, Interrupted()))
-    assert_same_weights(train(tmp_path / "run", settings=other, resume=True), train(tmp_path / "whole", settings=other))
+    assert_same_weights(train(tmp_path / "run", settings=other, resume=True),
+                        train(tmp_path / "whole", settings=other))
     before = contents(tmp_path / "run")
-    for _ in range(2):                                          # finished now, and asked for with other numbers
+    for _ in range(2):                                        # finished now, and asked for with other numbers
         with pytest.raises(ValueError, match="another recipe"):
             train(tmp_path / "run", resume=True)
         assert contents(tmp_path / "run") == before
 
 
 def test_resume_of_a_newer_run_is_not_hindered_by_an_older_one(tmp_path):
-    """Seed 0 stopped in its second epoch, seed 5 was begun in its place and stopped in its first: seed 5 goes on."""
+    """Seed 0 stopped in its second epoch, seed 5 was begun in its place and stopped in its first: seed 5 goes
+    on."""
     other = SETTINGS | {"seed": 5}
     for settings, stop in ((SETTINGS, PER_EPOCH + 1), (other, 1)):
         with pytest.raises(Interrupted):
@@ -688,7 +725,8 @@ def test_resume_with_other_settings_is_refused_and_changes_nothing(tmp_path):
     with pytest.raises(Interrupted):
         train(tmp_path, at_step=raise_at(6, Interrupted()))
     before = contents(tmp_path)
-    with pytest.raises(ValueError, match=r"state\.pt was made with another recipe\. Expected .*0\.2.*; found .*0\.1"):
+    with pytest.raises(ValueError,
+                       match=r"state\.pt was made with another recipe\. Expected .*0\.2.*; found .*0\.1"):
         train(tmp_path, resume=True, settings=SETTINGS | {"recipe": {"rate": 0.2, "scale": (0.5, 2.0)}})
     with pytest.raises(ValueError, match="another seed"):
         train(tmp_path, resume=True, settings=SETTINGS | {"seed": 1})
@@ -707,17 +745,19 @@ def test_without_resume_a_run_starts_anew(tmp_path):
 
 
 def test_a_run_that_is_begun_anew_leaves_the_finished_one_alone_until_it_ends(tmp_path):
-    """Another recipe, killed: checkpoint, recipe and log are still those of the run before, and so are its results."""
+    """Another recipe, killed: checkpoint, recipe and log are still those of the run before, and so are its
+    results."""
     train(tmp_path)
     (tmp_path / "metrics.json").write_text("{}")
     before = contents(tmp_path)
     other = SETTINGS | {"recipe": {"rate": 0.2}}
     with pytest.raises(Interrupted):
         train(tmp_path, settings=other, at_step=raise_at(6, Interrupted()))
-    assert {name: content for name, content in contents(tmp_path).items() if name.parts[0] != "unfinished"} == before
+    assert {name: content for name, content in contents(tmp_path).items()
+            if name.parts[0] != "unfinished"} == before
     train(tmp_path, settings=other, resume=True)
     assert runs.load(tmp_path / "checkpoint.pt", "toy", needs={})["settings"] == other
-    assert names_in(tmp_path) == ["checkpoint.pt", "log.jsonl", "recipe.json"]      # no results of other weights
+    assert names_in(tmp_path) == ["checkpoint.pt", "log.jsonl", "recipe.json"]   # no results of other weights
 
 
 @pytest.mark.parametrize("when", ["checkpoint.pt", "recipe.json", "log.jsonl", "state.pt"])
@@ -730,7 +770,8 @@ def test_a_run_that_is_killed_while_it_ends_can_be_ended_again(tmp_path, when, m
         def die_after(*args, original=original, **kwargs):
             original(*args, **kwargs)
             last = Path(args[-1])
-            if last.name == when and (last.parent == tmp_path / "run" or original is not os_replace and when == "state.pt"):
+            if last.name == when and (last.parent == tmp_path / "run" or original is not os_replace
+                                      and when == "state.pt"):
                 raise Interrupted
         os_replace = os.replace if owner is os else os_replace
         monkeypatch.setattr(owner, name, die_after)
@@ -750,7 +791,8 @@ def test_leftovers_of_a_killed_run_are_removed(tmp_path):
     assert names_in(tmp_path) == ["checkpoint.pt", "log.jsonl", "recipe.json"]
 
 
-@pytest.mark.parametrize("damage", [lambda log: log.unlink(), lambda log: log.write_text(log.read_text() + '{"step": 5, "lo')],
+@pytest.mark.parametrize("damage", [lambda log: log.unlink(),
+                                    lambda log: log.write_text(log.read_text() + '{"step": 5, "lo')],
                          ids=["lost", "last line torn"])
 def test_damaged_log_does_not_hinder_a_resume(tmp_path, damage):
     """A machine that lost power tore the line that it was writing."""
@@ -765,7 +807,8 @@ def test_damaged_log_does_not_hinder_a_resume(tmp_path, damage):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_non_finite_loss_stops_the_run_and_names_the_images(tmp_path, bad):
     """Before it touches a weight. What was saved before stays: the last whole epoch."""
-    with pytest.raises(ValueError, match=r"loss of step 5 is (nan|-?inf), expected a finite number.*a, b\..*unfinished"):
+    with pytest.raises(ValueError,
+                       match=r"loss of step 5 is (nan|-?inf), expected a finite number.*a, b\..*unfinished"):
         train(tmp_path, poison=bad)
     saved = torch.load(tmp_path / "unfinished/state.pt", weights_only=True)
     assert saved["step"] == PER_EPOCH and not (tmp_path / "checkpoint.pt").exists()
@@ -786,7 +829,8 @@ def test_advice_for_a_loss_that_is_not_finite_can_be_followed(tmp_path):
 
 
 def test_run_is_saved_by_time_too(tmp_path, monkeypatch):
-    """An epoch may take days: the state is not older than `save_every` minutes, and resumes to the same bits."""
+    """An epoch may take days: the state is not older than `save_every` minutes, and resumes to the same
+    bits."""
     expected, now = train(tmp_path / "whole"), [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
 
@@ -804,16 +848,19 @@ def test_run_is_saved_by_time_too(tmp_path, monkeypatch):
 
 
 def test_optimiser_is_given_the_rate_of_every_step_and_fresh_gradients(tmp_path):
-    """`descend` alone: all groups get the rate, a gradient of the step before is gone, None leaves the rate as it is."""
+    """`descend` alone: all groups get the rate, a gradient of the step before is gone, None leaves the rate
+    as it is."""
     weight = torch.nn.Parameter(torch.zeros(2))
     other = torch.nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.SGD([{"params": [weight]}, {"params": [other], "lr": 7.0}], lr=1.0)
     model = torch.nn.ParameterList([weight, other])
     seen = []
     original = optimizer.step
-    optimizer.step = lambda: (seen.append(([group["lr"] for group in optimizer.param_groups], weight.grad.tolist())),
+    optimizer.step = lambda: (seen.append(([group["lr"] for group in optimizer.param_groups],
+                                           weight.grad.tolist())),
                               original())
-    with runs.Training(tmp_path, "toy", {}, {}, model, optimizer, steps=3, steps_per_epoch=3, resume=False) as training:
+    with runs.Training(tmp_path, "toy", {}, {}, model, optimizer, steps=3, steps_per_epoch=3,
+                       resume=False) as training:
         for rate in (0.5, 0.25, None):
             training.descend((weight * torch.tensor([1.0, 2.0])).sum() + other.sum(), rate, ["a"])
             training.done(loss=0.0)
@@ -837,8 +884,10 @@ def test_long_run_is_logged_at_most_some_200_times(tmp_path):
 
 def test_run_that_is_killed_hard_leaves_whole_files(tmp_path):
     """SIGKILL while it is saving all the time: every file that has a final name can be read."""
-    program = (f"import sys; sys.path[:0] = [{str(ROOT)!r}]\nimport torch\nfrom harness import files\nfrom pathlib import Path\nprint('go', flush=True)\n"
-               f"while True: files.save(Path({str(tmp_path)!r}, 'a.pt'), {{'stage': 'toy', 'settings': {{}}, 'weights': {{'a': torch.zeros(200_000)}}}})")
+    program = (f"import sys; sys.path[:0] = [{str(ROOT)!r}]\nimport torch\nfrom harness import files\nfrom "
+               "pathlib import Path\nprint('go', flush=True)\nwhile True: "
+               f"files.save(Path({str(tmp_path)!r}, 'a.pt'), "
+               f"{{'stage': 'toy', 'settings': {{}}, 'weights': {{'a': torch.zeros(200_000)}}}})")
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
         process.stdout.readline()
         deadline = time.monotonic() + 60

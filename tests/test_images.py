@@ -21,18 +21,22 @@ from helpers import VOC_BASE, photo, write_photos, write_voc_tree
 
 @pytest.mark.parametrize("inside", [".", "VOCdevkit", "VOCdevkit/VOC2012"])
 def test_root_may_be_any_folder_on_the_way_to_voc(tmp_path, inside):
-    """--root may name the folder with VOCdevkit, VOCdevkit, or VOC2012: the same lists and files are found."""
+    """--root may name the folder with VOCdevkit, VOCdevkit, or VOC2012: the same lists and files are
+    found."""
     root = str(write_voc_tree(tmp_path) / inside)
     train, val = image_files.training_images("voc", root), image_files.validation_images("voc", root)
     assert list(train) == ["2007_000032", "2007_000039", "2007_000063", "2007_000068"]
     assert list(val) == ["2007_000033", "2007_000042"]
-    assert all(path.is_file() and path.parent.name == "JPEGImages" for path in (*train.values(), *val.values()))
+    assert all(path.is_file() and path.parent.name == "JPEGImages"
+               for path in (*train.values(), *val.values()))
     labels = ground_truth.true_label_files("voc", root, list(val))
-    assert list(labels) == list(val) and all(path.parent.name == "SegmentationClass" for path in labels.values())
+    assert list(labels) == list(val) and all(path.parent.name == "SegmentationClass"
+                                             for path in labels.values())
 
 
 def test_missing_voc_tree_is_an_error_that_says_what_to_do(tmp_path):
-    with pytest.raises(FileNotFoundError, match="expected VOCdevkit/VOC2012.* found no JPEGImages.*--download"):
+    with pytest.raises(FileNotFoundError,
+                       match="expected VOCdevkit/VOC2012.* found no JPEGImages.*--download"):
         image_files.training_images("voc", str(tmp_path))
 
 
@@ -48,7 +52,8 @@ def test_image_missing_from_the_folder_is_named(tmp_path):
     base = write_voc_tree(tmp_path) / VOC_BASE
     for name in ("2007_000039", "2007_000063"):
         (base / "JPEGImages" / f"{name}.jpg").unlink()
-    with pytest.raises(FileNotFoundError, match=r"train\.txt names 4 images: expected all .*found 2 missing.*000039\.jpg"):
+    with pytest.raises(FileNotFoundError,
+                       match=r"train\.txt names 4 images: expected all .*found 2 missing.*000039\.jpg"):
         image_files.training_images("voc", str(tmp_path))
 
 
@@ -71,14 +76,16 @@ def test_training_images_need_no_label_folder(tmp_path):
     before = image_files.training_images("voc", str(write_voc_tree(tmp_path)))
     shutil.rmtree(tmp_path / VOC_BASE / "SegmentationClass")
     assert image_files.training_images("voc", str(tmp_path)) == before
-    assert ground_truth.true_label_files("voc", str(tmp_path), list(image_files.validation_images("voc", str(tmp_path)))) == {}
+    assert ground_truth.true_label_files("voc", str(tmp_path),
+                                         list(image_files.validation_images("voc", str(tmp_path)))) == {}
 
 
-# ------------------------------------------------------------------------------------------ a folder of one's own
+# -------------------------------------------------------------------------------------- a folder of one's own
 
 def test_folder_of_images_of_any_kind_and_depth(tmp_path):
     """Sub-folders, capital suffixes, spaces and any alphabet; sorted; other files are passed over."""
-    folder = write_photos(tmp_path / "my photos", "b.JPG", "a.png", "été/кот 1.jpeg", "été/深い/x.y.webp", "c.bmp", "d.TIF")
+    folder = write_photos(tmp_path / "my photos", "b.JPG", "a.png", "été/кот 1.jpeg", "été/深い/x.y.webp",
+                          "c.bmp", "d.TIF")
     (folder / "names.txt").write_text("cat\ndog\n")
     (folder / "folder.jpg").mkdir()
     found = image_files.training_images(str(folder), "unused")
@@ -91,7 +98,7 @@ def test_two_images_that_differ_in_their_suffix_alone_are_refused(tmp_path):
     """Results are kept by name; the same stem in two folders is fine."""
     write_photos(tmp_path, "x/cat.jpg", "y/cat.jpg")
     assert list(image_files.images_in(tmp_path)) == ["x/cat", "y/cat"]
-    write_photos(tmp_path, "._a.jpg", ".thumbnails/a.jpg", "x/.hidden.png")             # what systems leave behind
+    write_photos(tmp_path, "._a.jpg", ".thumbnails/a.jpg", "x/.hidden.png")        # what systems leave behind
     assert list(image_files.images_in(tmp_path)) == ["x/cat", "y/cat"]
     write_photos(tmp_path, "x/cat.png")
     with pytest.raises(ValueError, match=r"found cat\.jpg and cat\.png, which differ only in their suffix"):
@@ -106,16 +113,18 @@ def test_folder_without_images_and_no_folder_are_refused(tmp_path):
         image_files.images_in(tmp_path / "nowhere")
 
 
-# ------------------------------------------------------------------------------------------ pictures of every kind
+# ------------------------------------------------------------------------------------- pictures of every kind
 
 GREY = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5
 
 
-@pytest.mark.parametrize("mode, suffix", [("RGB", "png"), ("RGBA", "png"), ("P", "png"), ("RGB", "bmp"), ("CMYK", "tif")])
+@pytest.mark.parametrize("mode, suffix",
+                         [("RGB", "png"), ("RGBA", "png"), ("P", "png"), ("RGB", "bmp"), ("CMYK", "tif")])
 def test_colour_image_in_any_mode_is_the_same_rgb(tmp_path, mode, suffix):
     """What a file stores beside the colours (alpha, a palette, four inks) does not change them."""
     picture = Image.fromarray(np.stack([GREY, GREY.T.reshape(6, 8), 255 - GREY], axis=-1))
-    picture.convert(mode, **({"palette": Image.Palette.ADAPTIVE} if mode == "P" else {})).save(tmp_path / f"a.{suffix}")
+    picture.convert(mode, **({"palette": Image.Palette.ADAPTIVE} if mode == "P"
+                             else {})).save(tmp_path / f"a.{suffix}")
     found = image_files.read_image(tmp_path / f"a.{suffix}")
     assert found.mode == "RGB" and found.size == (8, 6)
     assert np.abs(np.asarray(found, int) - np.asarray(picture, int)).max() <= 1
@@ -124,7 +133,8 @@ def test_colour_image_in_any_mode_is_the_same_rgb(tmp_path, mode, suffix):
 @pytest.mark.parametrize("mode", ["L", "LA"])
 def test_grey_image_has_three_equal_channels(tmp_path, mode):
     Image.fromarray(GREY).convert(mode).save(tmp_path / "a.png")
-    assert np.array_equal(np.asarray(image_files.read_image(tmp_path / "a.png")), np.stack([GREY] * 3, axis=-1))
+    assert np.array_equal(np.asarray(image_files.read_image(tmp_path / "a.png")),
+                          np.stack([GREY] * 3, axis=-1))
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
@@ -133,7 +143,8 @@ def test_16_bit_image_keeps_its_greys(tmp_path, suffix):
     Image.fromarray(GREY.astype(np.uint16) * 257).save(tmp_path / f"a.{suffix}")
     with Image.open(tmp_path / f"a.{suffix}") as picture:
         assert picture.mode.startswith("I")
-    assert np.array_equal(np.asarray(image_files.read_image(tmp_path / f"a.{suffix}")), np.stack([GREY] * 3, axis=-1))
+    assert np.array_equal(np.asarray(image_files.read_image(tmp_path / f"a.{suffix}")),
+                          np.stack([GREY] * 3, axis=-1))
 
 
 def test_1_bit_image_is_black_and_white(tmp_path):
@@ -142,7 +153,8 @@ def test_1_bit_image_is_black_and_white(tmp_path):
 
 
 def test_photo_is_turned_upright_as_the_camera_says(tmp_path):
-    """EXIF orientation 6: the camera was held sideways. Height and width change places, as in every viewer."""
+    """EXIF orientation 6: the camera was held sideways. Height and width change places, as in every
+    viewer."""
     exif = Image.Exif()
     exif[0x0112] = 6
     photo(40, 56).save(tmp_path / "a.jpg", exif=exif)
@@ -188,7 +200,8 @@ def test_download_fetches_voc_only_when_it_is_missing(tmp_path, monkeypatch):
     """What is there is kept; what is missing is asked of torchvision; other datasets cannot be fetched."""
     import torchvision
     asked = []
-    monkeypatch.setattr(torchvision.datasets, "VOCSegmentation", lambda root, **how: asked.append((root, how)))
+    monkeypatch.setattr(torchvision.datasets, "VOCSegmentation", lambda root,
+                        **how: asked.append((root, how)))
     image_files.download("voc", str(write_voc_tree(tmp_path / "here")))
     assert asked == []
     image_files.download("voc", str(tmp_path / "empty"))

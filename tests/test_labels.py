@@ -38,7 +38,7 @@ def test_labels_of_a_known_dataset_are_not_read_as_other_classes():
     own = DATASETS["voc"].names
     swapped = own[1::-1] + own[2:]
     assert not ground_truth.labels_fit("voc", swapped) and not ground_truth.labels_fit("voc", own[:3])
-    assert ground_truth.labels_fit("voc", ["plane", *own[1:]])                  # another word for the same class
+    assert ground_truth.labels_fit("voc", ["plane", *own[1:]])               # another word for the same class
     assert ground_truth.labels_fit("voc", own) and ground_truth.labels_fit("photos", ["cat", "dog"])
 
 
@@ -80,7 +80,8 @@ def test_broken_label_is_named(tmp_path):
 # ------------------------------------------------------------------------------------------ which files
 
 def test_labels_of_a_folder_are_found_by_name(tmp_path):
-    """--labels: those that are there; none at all, or no such folder, is an error; without --labels there are none."""
+    """--labels: those that are there; none at all, or no such folder, is an error; without --labels there are
+    none."""
     ids = ["a", "sub/b"]
     write_label(tmp_path / "labels/sub/b.png", np.zeros((2, 2)))
     assert ground_truth.true_label_files("photos", "unused", ids, str(tmp_path / "labels")) \

@@ -1,12 +1,13 @@
 """Every public dataset, from its tree on disk to measured stages, at the real size of pictures and features.
 
-    python -m pytest tests/test_layouts.py                                  # two and a half minutes on one core
-    SAMPLES=DIR python -m pytest tests/test_layouts.py -k samples -s        # over photographs with real masks: look at them
+    python -m pytest tests/test_layouts.py                                # two and a half minutes on one core
+    # over photographs with real masks: look at them
+    SAMPLES=DIR python -m pytest tests/test_layouts.py -k samples -s
 
-datasets/check.py, rectify.py, distill.py and evaluate.py one after another, with the dataset's own recipe for one epoch. All weights
-are random, in the files that people have: shown is that trees, recipes, classes and labels fit together, not what is
-learned. DIR is what --root would be: the trees that it holds are walked, two photographs of each, with all of ViT-B/16 and
-ResNet-50.
+datasets/check.py, rectify.py, distill.py and evaluate.py one after another, with the dataset's own recipe for
+one epoch. All weights are random, in the files that people have: shown is that trees, recipes, classes and
+labels fit together, not what is learned. DIR is what --root would be: the trees that it holds are walked, two
+photographs of each, with all of ViT-B/16 and ResNet-50.
 """
 
 import math
@@ -33,14 +34,17 @@ from test_datasets import ALPHABETICAL, CITYSCAPES, CLASSES, VOC_FIRST
 
 pytestmark = pytest.mark.slow
 
-LAYOUTS = ["voc", "context", "ade", "cityscapes", "coco"]       # context-voc-first is the tree of context, read otherwise
+# context-voc-first is the tree of context, read otherwise
+LAYOUTS = ["voc", "context", "ade", "cityscapes", "coco"]
 SHORT_SIDE = {"voc": 336, "context": 448, "ade": 512, "cityscapes": 448, "coco": 512}
 CROP = SHORT_SIDE | {"context": 480, "cityscapes": 512}
+STUDENT = {"context": (520, 480)}                             # short side and crop; of all others 512 and 512
 
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory):
-    """A folder with ViT-B/16 in OpenAI's format, the same with two blocks a tower, and a ResNet-50 where torch looks."""
+    """A folder with ViT-B/16 in OpenAI's format, the same with two blocks a tower, and a ResNet-50 where
+    torch looks."""
     folder = tmp_path_factory.mktemp("weights")
     write_openai_archive(folder / "ViT-B-16.pt")
     write_openai_archive(folder / "two blocks.pt", layers=2, text_layers=2)
@@ -52,8 +56,8 @@ def weights(tmp_path_factory):
 
 @pytest.fixture
 def place(tmp_path, monkeypatch, weights):
-    """An empty folder to work in. The recipes are the real ones but for what a CPU need not do: 121 windows an image here
-    are nine, 85 sentences a class are two."""
+    """An empty folder to work in. The recipes are the real ones but for what a CPU need not do: 121 windows
+    an image here are nine, 85 sentences a class are two."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(weights))
     monkeypatch.setattr(words, "QUERY_TEMPLATES", words.QUERY_TEMPLATES[:2])
@@ -73,7 +77,8 @@ def checked(name: str) -> list[str]:
 
 
 def walk(name: str, clip_file: Path, images: int, *student: str) -> dict:
-    """The four commands as they are typed, each checked for what it leaves behind. Returns what evaluate.py measured."""
+    """The four commands as they are typed, each checked for what it leaves behind. Returns what evaluate.py
+    measured."""
     assert checked(name) == []
     run(rectify, "--data", name, "--clip", clip_file, "--epochs", 1)
     run(distill, "--epochs", 1, *student)
@@ -87,20 +92,23 @@ def walk(name: str, clip_file: Path, images: int, *student: str) -> dict:
     student = runs.load(Path("runs", name, "distill/checkpoint.pt"), "distill")
     assert student["weights"]["head.query"].shape == (classes, 512)
     assert student["weights"]["head.rectifier.projection.weight"].shape == (512, 768, 1, 1)
-    assert student["settings"]["recipe"]["crop"] == [512, 512]
+    short_side, crop = STUDENT.get(name, (512, 512))
+    assert student["settings"]["recipe"]["crop"] == [crop] * 2
 
     assert list(metrics) == ["vanilla", "maskclip", "rectify", "distill"]
     for found in metrics.values():
         assert math.isfinite(found["miou"]) and 0 <= found["miou"] <= 100 and found["fingerprint"]["images"] == images
         assert list(found["per_class_iou"]) == DATASETS[name].names
-    assert [found["fingerprint"]["short_side"] for found in metrics.values()] == [SHORT_SIDE[name]] * 3 + [512]
+    assert [found["fingerprint"]["short_side"]
+            for found in metrics.values()] == [SHORT_SIDE[name]] * 3 + [short_side]
     for stage in ("rectify", "distill", "evaluate"):
         assert is_picture_sheet(Path("runs", name, stage, "preview.png"))
     return metrics
 
 
 def measured_again(name: str, was: str) -> dict:
-    """check.py and evaluate.py alone, on labels in another encoding: no training reads one. The numbers of evaluate.py.
+    """check.py and evaluate.py alone, on labels in another encoding: no training reads one. The numbers of
+    evaluate.py.
 
     `was`: the name that the labels were read under before; its run is taken over as it is.
     """
@@ -118,7 +126,8 @@ def is_picture_sheet(path: Path) -> bool:
 
 def true_labels(name: str) -> np.ndarray:
     """The classes of all validation pixels in ./data, one after another, as evaluation reads them."""
-    images, read_label = image_files.validation_images(name, "data"), ground_truth.LabelReader(name, CLASSES[name])
+    images, read_label = image_files.validation_images(name,
+                                                       "data"), ground_truth.LabelReader(name, CLASSES[name])
     labels = ground_truth.true_label_files(name, "data", list(images))
     sizes = {image: image_files.read_image(path).size[::-1] for image, path in images.items()}
     return np.concatenate([read_label(labels[image], sizes[image]).ravel() for image in images])
@@ -126,10 +135,11 @@ def true_labels(name: str) -> np.ndarray:
 
 def numbers(metrics: dict) -> dict:
     """Metrics without the fingerprint, which names the dataset."""
-    return {stage: {key: value for key, value in found.items() if key != "fingerprint"} for stage, found in metrics.items()}
+    return {stage: {key: value for key, value in found.items() if key != "fingerprint"} for stage,
+            found in metrics.items()}
 
 
-# ------------------------------------------------------------------------------------------ trees that are written here
+# -------------------------------------------------------------------------------- trees that are written here
 
 def write_tree(name: str, monkeypatch) -> None:
     """One training and one validation image in ./data, in the dataset's layout."""
@@ -153,8 +163,9 @@ def recode(source: Path, target: Path, value_of: dict[int, int]) -> None:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_is_checked_trained_distilled_and_measured(place, monkeypatch, weights, name):
-    """VOC with all of ViT-B/16 and a ResNet-50. The others with every size of ViT-B/16 but two of its twelve blocks, which
-    are all alike, and Toyland's ResNet: a step of ResNet-50 takes twenty seconds of a core, and knows nothing of a layout.
+    """VOC with all of ViT-B/16 and a ResNet-50. The others with every size of ViT-B/16 but two of its twelve
+    blocks, which are all alike, and Toyland's ResNet: a step of ResNet-50 takes twenty seconds of a core, and
+    knows nothing of a layout.
 
     A split of one image is a batch of one whatever the recipe says, so that the recipes' 16 need no flag.
     """
@@ -169,22 +180,26 @@ def test_every_layout_is_checked_trained_distilled_and_measured(place, monkeypat
     if name == "cityscapes":
         before = true_labels(name)
         [label] = Path("data/cityscapes/gtFine/val").rglob("*_labelIds.png")
-        recode(label, Path(str(label).replace("labelIds", "labelTrainIds")), {id_: k for k, id_ in enumerate(CITYSCAPES)})
+        recode(label, Path(str(label).replace("labelIds", "labelTrainIds")),
+               {id_: k for k, id_ in enumerate(CITYSCAPES)})
         label.unlink()
-        assert np.array_equal(true_labels(name), before) and measured_again(name, was=name) == numbers(metrics)
+        assert np.array_equal(true_labels(name),
+                              before) and measured_again(name, was=name) == numbers(metrics)
     if name == "context":
         before = true_labels(name)
         label = Path("data/VOCdevkit/VOC2010/SegmentationClassContext", f"{helpers.TREES[name][1][0]}.png")
         recode(label, label, {1 + k: 1 + VOC_FIRST.index(word) for k, word in enumerate(ALPHABETICAL)})
         given_out_with(monkeypatch, "context-voc-first", 1)
-        assert np.array_equal(true_labels("context-voc-first"), before) and not np.array_equal(true_labels(name), before)
+        assert np.array_equal(true_labels("context-voc-first"),
+                              before) and not np.array_equal(true_labels(name), before)
         assert measured_again("context-voc-first", was=name) == numbers(metrics)
 
 
-# ------------------------------------------------------------------------------------------ photographs with real masks
+# -------------------------------------------------------------------------------- photographs with real masks
 
 def copy_samples(name: str, monkeypatch, most: int = 2) -> list[str]:
-    """The tree of a dataset in ./data from validation photographs under $SAMPLES; their ids. Skips where there are none.
+    """The tree of a dataset in ./data from validation photographs under $SAMPLES; their ids. Skips where
+    there are none.
 
     They are the training images too, under other names: samples often come without a training split.
     """
@@ -211,7 +226,8 @@ def copy_samples(name: str, monkeypatch, most: int = 2) -> list[str]:
 
 
 def copy_labels(name: str, ids: list[str], encoding: str, folder: str = "") -> None:
-    """Labels of one encoding from $SAMPLES, where their folder may have a suffix, into ./data. Skips if one is missing."""
+    """Labels of one encoding from $SAMPLES, where their folder may have a suffix, into ./data. Skips if one
+    is missing."""
     dataset, base = DATASETS[name], image_files.find(name, os.environ["SAMPLES"])
     for image in ids:
         path = Path(dataset.labels[encoding].format(split=dataset.splits["val"], id=image))
@@ -228,11 +244,12 @@ def copy(source: Path, target: Path) -> None:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_samples_of_every_layout_go_the_same_way(place, monkeypatch, weights, name):
-    """At real size. Predictions of random weights are noise; in the pictures that are written (pytest names the folder of the
-    last runs; --basetemp chooses it) the truth must fit photograph and legend.
+    """At real size. Predictions of random weights are noise; in the pictures that are written (pytest names
+    the folder of the last runs; --basetemp chooses it) the truth must fit photograph and legend.
 
-    The labels' other encoding, where it is there too, must name the same classes: real masks, read by both tables. Not to
-    the last pixel: samples are often made smaller, each file by itself, and then differ along borders.
+    The labels' other encoding, where it is there too, must name the same classes: real masks, read by both
+    tables. Not to the last pixel: samples are often made smaller, each file by itself, and then differ along
+    borders.
     """
     ids = copy_samples(name, monkeypatch)
     walk(name, weights / "ViT-B-16.pt", len(ids))

@@ -1,5 +1,5 @@
-"""What holds for any input: measures, label values, class files, texts, sizes, batches and files, on inputs that hypothesis
-makes up. The same inputs every time, so that a failure is seen by everyone.
+"""What holds for any input: measures, label values, class files, texts, sizes, batches and files, on inputs
+that hypothesis makes up. The same inputs every time, so that a failure is seen by everyone.
 
     python -m pytest tests/test_properties.py
 
@@ -54,7 +54,8 @@ def test_confusion_matrix_adds_up_over_any_split_and_order_of_the_pixels(case, m
     C, true_label, predicted = case
     order = torch.tensor(more.draw(st.permutations(range(len(predicted)))), dtype=torch.long)
     cut = more.draw(st.integers(0, len(order)))
-    parts = [evaluate.confusion_matrix(true_label[part], predicted[part], C) for part in (order[:cut], order[cut:])]
+    parts = [evaluate.confusion_matrix(true_label[part], predicted[part], C)
+             for part in (order[:cut], order[cut:])]
     assert torch.equal(parts[0] + parts[1], evaluate.confusion_matrix(true_label, predicted, C))
 
 
@@ -92,14 +93,16 @@ def test_ignored_pixels_never_count(case, more):
 @any_input
 @given(labelled())
 def test_measures_equal_those_of_sets_of_pixels(case):
-    """IoU in [0, 1] from the sets themselves, none for a class in neither; means and the share of right pixels follow."""
+    """IoU in [0, 1] from the sets themselves, none for a class in neither; means and the share of right
+    pixels follow."""
     C, true_label, predicted = case
     counted = [i for i, value in enumerate(true_label.tolist()) if value != IGNORE]
     confusion = evaluate.confusion_matrix(true_label, predicted, C)
     truth = [{i for i in counted if true_label[i] == k} for k in range(C)]
     said = [{i for i in counted if predicted[i] == k} for k in range(C)]
     assert confusion.tolist() == [[len(true & called) for called in said] for true in truth]
-    ious = [len(true & called) / len(true | called) if true | called else math.nan for true, called in zip(truth, said)]
+    ious = [len(true & called) / len(true | called) if true | called else math.nan for true,
+            called in zip(truth, said)]
     assert evaluate.class_iou(confusion).tolist() == pytest.approx(ious, nan_ok=True)
     assert all(0 <= iou <= 1 for iou in ious if not math.isnan(iou))
     assume(counted)
@@ -108,7 +111,8 @@ def test_measures_equal_those_of_sets_of_pixels(case):
     assert found["miou"] == pytest.approx(100 * sum(occurring) / len(occurring), abs=0.0051)
     assert found["miou_absent_zero"] == pytest.approx(100 * sum(occurring) / C, abs=0.0051)
     assert found["miou_absent_zero"] <= found["miou"]
-    assert found["pixel_accuracy"] == pytest.approx(100 * (confusion.trace() / confusion.sum()).item(), abs=0.0051)
+    assert found["pixel_accuracy"] == pytest.approx(100 * (confusion.trace() / confusion.sum()).item(),
+                                                    abs=0.0051)
 
 
 @any_input
@@ -149,7 +153,8 @@ def test_every_value_of_voc_is_a_class_ignored_or_refused_by_name(one_value_labe
 
 
 def test_every_value_of_a_folder_is_a_class_ignored_or_refused_by_name(one_value_labels):
-    """For every number of classes from 2 to 255: the whole table, and the files on both sides of its edges."""
+    """For every number of classes from 2 to 255: the whole table, and the files on both sides of its
+    edges."""
     for classes in range(2, 256):
         read_label = ground_truth.LabelReader("photos", classes)
         assert read_label.table.tolist() == [*range(classes), *[-1] * (255 - classes), IGNORE]
@@ -159,7 +164,8 @@ def test_every_value_of_a_folder_is_a_class_ignored_or_refused_by_name(one_value
 
 
 @any_input
-@given(st.integers(2, 255), st.integers(1, 9), st.integers(1, 9), st.sampled_from(["P", "L"]), st.integers(0, 2 ** 32 - 1))
+@given(st.integers(2, 255), st.integers(1, 9), st.integers(1, 9), st.sampled_from(["P", "L"]),
+       st.integers(0, 2 ** 32 - 1))
 def test_a_written_label_is_read_as_it_was(folder, classes, height, width, mode, seed):
     """As an index picture with a palette or in grey; few classes make a PNG of 1, 2 or 4 bits a pixel."""
     expected = np.random.default_rng(seed).choice([*range(classes), IGNORE], (height, width))
@@ -181,7 +187,8 @@ names = st.text(letters, min_size=1, max_size=10).map(str.strip).filter(clip.enc
 # Where every line begins with a number, or with YAML's "- ", that is no part of a name: test_words.py.
 vocabularies = st.lists(st.lists(names, min_size=1, max_size=3), min_size=2, max_size=6).filter(
     lambda synonyms: len({name.lower() for one in synonyms for name in one}) == sum(map(len, synonyms))
-    and not all(one[0][0].isdigit() for one in synonyms) and not any(one[0].startswith("- ") for one in synonyms))
+    and not all(one[0][0].isdigit()
+                for one in synonyms) and not any(one[0].startswith("- ") for one in synonyms))
 blanks = st.text(st.sampled_from(" \t\u00a0\u3000"), max_size=3)
 line_ends = st.sampled_from(["\n", "\r\n", "\r"])
 comments = st.tuples(blanks, st.text(letters, max_size=8)).map(lambda parts: "{}#{}, cat".format(*parts))
@@ -209,7 +216,8 @@ def test_names_come_back_stripped_and_in_order_however_the_file_is_written(folde
 def test_a_name_that_stands_twice_is_refused_in_any_letter_case(synonyms, more):
     """As a class or as a synonym, before or after the first."""
     name = more.draw(st.sampled_from([name for one in synonyms for name in one]))
-    again = more.draw(st.sampled_from([change(name) for change in (str, str.lower, str.upper, str.title, str.swapcase)
+    again = more.draw(st.sampled_from([change(name)
+                                       for change in (str, str.lower, str.upper, str.title, str.swapcase)
                                        if change(name).lower() == name.lower()]))
     lines = [", ".join(one) for one in synonyms]
     place = more.draw(st.integers(0, len(lines) - 1))
@@ -224,10 +232,13 @@ def test_a_name_that_stands_twice_is_refused_in_any_letter_case(synonyms, more):
 
 
 @any_input
-@given(st.one_of(st.binary(max_size=60), st.text(max_size=60).map(lambda text: text.encode("utf-8", "surrogatepass")),
-                 st.lists(st.sampled_from(["cat", "Cat", "dog", ",", "#", "\n", "\r", " ", "\x00", "\ufeff", "\u2028"]),
+@given(st.one_of(st.binary(max_size=60),
+                 st.text(max_size=60).map(lambda text: text.encode("utf-8", "surrogatepass")),
+                 st.lists(st.sampled_from(["cat", "Cat", "dog", ",", "#", "\n", "\r", " ", "\x00", "\ufeff",
+                                           "\u2028"]),
                           max_size=12).map(lambda parts: "".join(parts).encode())))
-def test_any_file_gives_two_or_more_classes_or_an_error_that_says_what_was_expected_and_found(folder, content):
+def test_any_file_gives_two_or_more_classes_or_an_error_that_says_what_was_expected_and_found(folder,
+                                                                                              content):
     path = folder / "any.txt"
     path.write_bytes(content)
     try:
@@ -257,8 +268,9 @@ def test_an_accepted_name_fits_into_every_sentence(count, marks, first):
 
 # ------------------------------------------------------------------------------------------ texts
 
-any_text = st.one_of(st.text(st.characters(exclude_categories=()), max_size=60),             # lone surrogates and all
-                     st.lists(st.sampled_from(["cat", "DOG", "&amp;", "&lt", "Ã©", "<|endoftext|>", "'s", "1", " ", "\n",
+any_text = st.one_of(st.text(st.characters(exclude_categories=()), max_size=60),     # lone surrogates and all
+                     st.lists(st.sampled_from(["cat", "DOG", "&amp;", "&lt", "Ã©", "<|endoftext|>", "'s", "1",
+                                               " ", "\n",
                                                "ﬁ"]), max_size=12).map("".join))
 spaces = st.sampled_from([" ", "  ", "\t", "\n", "\r\n", "\u00a0", "\u3000"])
 
@@ -266,7 +278,8 @@ spaces = st.sampled_from([" ", "  ", "\t", "\n", "\r\n", "\u00a0", "\u3000"])
 @settings(any_input, max_examples=100)
 @given(any_text, st.integers(2, 90))
 def test_any_text_is_framed_cut_at_the_right_place_or_refused(text, length):
-    """Start, ids of the vocabulary, end, zeros; what is too long is refused by quoting it, or keeps start and end."""
+    """Start, ids of the vocabulary, end, zeros; what is too long is refused by quoting it, or keeps start and
+    end."""
     ids = clip.encode(text)
     assert all(0 <= i < VOCABULARY for i in ids)
     kept = ids[:length - 2]
@@ -280,12 +293,14 @@ def test_any_text_is_framed_cut_at_the_right_place_or_refused(text, length):
 
 
 @any_input
-@given(st.lists(st.text(st.characters(codec="ascii", exclude_characters="&", exclude_categories=("Cc", "Zs")), min_size=1,
+@given(st.lists(st.text(st.characters(codec="ascii", exclude_characters="&", exclude_categories=("Cc", "Zs")),
+                        min_size=1,
                         max_size=8), max_size=6), st.data())
 def test_white_space_and_letter_case_do_not_matter(plain_words, more):
     """Words are encoded one by one, whatever stands between them and however large they are written."""
     plain = " ".join(plain_words)
-    odd = "".join(more.draw(st.sampled_from([word.upper(), word.title(), word])) + more.draw(spaces) for word in plain_words)
+    odd = "".join(more.draw(st.sampled_from([word.upper(), word.title(), word])) + more.draw(spaces)
+                  for word in plain_words)
     assert clip.encode(more.draw(spaces) + odd) == clip.encode(plain)
 
 
@@ -334,13 +349,15 @@ def test_an_augmented_image_always_has_the_crops_size(width, height, short_side,
 
 
 @any_input
-@given(pixels, pixels, st.integers(1, 24), st.tuples(st.integers(1, 40), st.integers(1, 40)), st.integers(0, 2 ** 32))
+@given(pixels, pixels, st.integers(1, 24), st.tuples(st.integers(1, 40), st.integers(1, 40)),
+       st.integers(0, 2 ** 32))
 def test_padding_is_exactly_zero_and_costs_no_pixel_of_the_image(width, height, short_side, crop, seed):
     """A white image: as much of it as fits into the crop, in one piece, and zeros around it."""
     image = Image.new("RGB", (width, height), "white")
     resized = data.short_side_to(image, short_side)
     with data.random_state(seed):
-        found = data.augmentation(short_side, crop, (1.0, 1.0), distort=False)(image).as_subclass(torch.Tensor)
+        found = data.augmentation(short_side, crop, (1.0, 1.0),
+                                  distort=False)(image).as_subclass(torch.Tensor)
     rows, columns = (found != 0).any(dim=0).nonzero(as_tuple=True)
     inside = found[:, rows.min():rows.max() + 1, columns.min():columns.max() + 1]
     assert inside.shape[1:] == (min(crop[0], resized.height), min(crop[1], resized.width))
@@ -353,8 +370,10 @@ def model():
     """The least CLIP that is one: patches of 4 pixels on a grid of 4 × 4."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return clip.CLIP(embed_dim=6, image_resolution=16, vision_layers=2, vision_width=64, vision_patch_size=4,
-                         context_length=77, vocab_size=8, transformer_width=64, transformer_heads=1, transformer_layers=1)
+        return clip.CLIP(embed_dim=6, image_resolution=16, vision_layers=2, vision_width=64,
+                         vision_patch_size=4,
+                         context_length=77, vocab_size=8, transformer_width=64, transformer_heads=1,
+                         transformer_layers=1)
 
 
 @any_input
@@ -382,10 +401,12 @@ def test_dense_features_have_a_unit_vector_for_every_begun_patch(model, height, 
 
 
 @any_input
-@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 12).map(lambda parts: 1 / parts) | st.floats(0.08, 1.0))
+@given(st.integers(1, 60), st.integers(1, 60),
+       st.integers(1, 12).map(lambda parts: 1 / parts) | st.floats(0.08, 1.0))
 def test_windows_lie_inside_the_image_and_cover_all_of_it(height, width, ratio):
-    """(2/r − 1)² rectangles of r times the image's size, though never less than a pixel: no pixel has no vote."""
-    number = torch.arange(float(height * width)).view(1, height, width)     # every pixel knows where it stands
+    """(2/r − 1)² rectangles of r times the image's size, though never less than a pixel: no pixel has no
+    vote."""
+    number = torch.arange(float(height * width)).view(1, height, width)    # every pixel knows where it stands
     found = rectify.windows(number, ratio)
     tall, wide = max(1, round(height * ratio)), max(1, round(width * ratio))
     places = 1 if ratio == 1 else max(2, round(2 / ratio) - 1)
@@ -396,7 +417,8 @@ def test_windows_lie_inside_the_image_and_cover_all_of_it(height, width, ratio):
 
 
 @any_input
-@given(st.integers(1, 5), st.integers(1, 8), st.integers(1, 8), st.tuples(st.integers(1, 40), st.integers(1, 40)),
+@given(st.integers(1, 5), st.integers(1, 8), st.integers(1, 8),
+       st.tuples(st.integers(1, 40), st.integers(1, 40)),
        st.sampled_from([0.0, 0.3, 1.0]), st.sampled_from([1.0, 100.0]), st.integers(0, 2 ** 32))
 def test_every_pixel_is_predicted_as_a_class(classes, h, w, size, denoising, scale, seed):
     """Whatever the grid and the size; on a grid of that very size it is the best class of every patch."""
@@ -416,8 +438,10 @@ def test_every_epoch_is_another_permutation_of_the_images(images, batch_size, ep
     steps = epochs * data.steps_per_epoch(images, batch_size)
     batches = list(data.Batches(images, batch_size, first_step=0, steps=steps, seed=seed))
     assert len(batches) == steps and {len(batch) for batch in batches} == {min(batch_size, images)}
-    orders = [[index for batch in batches for when, index in batch if when == epoch] for epoch in range(epochs)]
-    assert images < 12 or len(set(map(tuple, orders))) == epochs            # few images may well come in one order twice
+    orders = [[index for batch in batches for when, index in batch if when == epoch]
+              for epoch in range(epochs)]
+    # few images may well come in one order twice
+    assert images < 12 or len(set(map(tuple, orders))) == epochs
     for order in orders:
         assert len(order) == max(min(batch_size, images), images - images % batch_size)
         assert len(set(order)) == len(order) and set(order) <= set(range(images))
@@ -452,8 +476,10 @@ def test_seeds_have_63_bits_and_differ_where_their_parts_do(some, others):
 # ------------------------------------------------------------------------------------------ files
 
 TYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool]
-tensors = st.tuples(st.lists(st.integers(0, 3), max_size=3), st.sampled_from(TYPES), st.integers(0, 2 ** 32)).map(
-    lambda made: (100 * torch.randn(made[0], generator=torch.Generator().manual_seed(made[2]))).abs().to(made[1]))
+tensors = st.tuples(st.lists(st.integers(0, 3), max_size=3), st.sampled_from(TYPES),
+                    st.integers(0, 2 ** 32)).map(
+    lambda made: (100 * torch.randn(made[0],
+                                    generator=torch.Generator().manual_seed(made[2]))).abs().to(made[1]))
 contents = st.recursive(
     st.one_of(tensors, st.integers(), st.floats(), st.booleans(), st.none(), st.text(max_size=8)),
     lambda inner: st.one_of(st.dictionaries(st.one_of(st.text(max_size=5), st.integers()), inner, max_size=4),
@@ -461,7 +487,8 @@ contents = st.recursive(
 
 
 def bits(content):
-    """Something that is equal where the contents are the same bits, NaN and −0 included, and the same types."""
+    """Something that is equal where the contents are the same bits, NaN and −0 included, and the same
+    types."""
     if isinstance(content, torch.Tensor):
         return str(content.dtype), tuple(content.shape), content.contiguous().flatten().view(torch.uint8).tolist()
     if isinstance(content, dict):
@@ -474,8 +501,10 @@ def bits(content):
 @any_input
 @given(st.dictionaries(st.text(max_size=5), contents, max_size=4), st.text(max_size=8))
 def test_a_checkpoint_comes_back_bit_for_bit(folder, content, stage):
-    """Whatever is nested in it, and over whatever stood there before; it is read as the stage it was saved as alone."""
-    content, path = content | {"stage": stage, "settings": {}, "weights": {}}, folder / "files" / "checkpoint.pt"
+    """Whatever is nested in it, and over whatever stood there before; it is read as the stage it was saved as
+    alone."""
+    content, path = content | {"stage": stage, "settings": {},
+                               "weights": {}}, folder / "files" / "checkpoint.pt"
     files.save(path, content)
     found = runs.load(path, stage, needs={})
     assert found.pop("path") == path and bits(found) == bits(content)
@@ -485,9 +514,11 @@ def test_a_checkpoint_comes_back_bit_for_bit(folder, content, stage):
 
 
 @any_input
-@given(st.lists(st.binary(max_size=30), max_size=4), st.lists(st.binary(max_size=30), max_size=4), st.booleans(), st.data())
+@given(st.lists(st.binary(max_size=30), max_size=4), st.lists(st.binary(max_size=30), max_size=4),
+       st.booleans(), st.data())
 def test_a_file_is_the_old_one_or_the_new_one_whole(folder, old, new, flush, more):
-    """Written in any pieces, and broken off behind any of them: nothing in between, nothing left beside it."""
+    """Written in any pieces, and broken off behind any of them: nothing in between, nothing left beside
+    it."""
     path = folder / "whole" / "a.bin"
     files.write_atomically(path, lambda file: [file.write(piece) for piece in old], flush)
     assert path.read_bytes() == b"".join(old)

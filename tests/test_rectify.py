@@ -2,10 +2,12 @@
 
     python -m pytest tests/test_rectify.py
 
-The slow computations are loops over images b, classes k and places i, j, written from the paper's formulas. CLIP is tiny
-and random here: an equation holds for any weights. "Equal" means a relative error of at most 1e-5.
+The slow computations are loops over images b, classes k and places i, j, written from the paper's formulas.
+CLIP is tiny and random here: an equation holds for any weights. "Equal" means a relative error of at most
+1e-5.
 
-    B images · C classes · D joint dimension · E ViT width · Et text width · h,w patches · n = h·w · L prompt vectors
+    B images · C classes · D joint dimension · E ViT width · Et text width · h,w patches · n = h·w · L prompt
+    vectors
 """
 
 import math
@@ -25,7 +27,7 @@ from datasets import DATASETS, images, words
 from helpers import TINY, openai_state, random, relative, unit
 
 START, END = 49406, 49407
-NAMES = ["cat", "potted plant", "airplane"]                         # one or two tokens: the paper's 73 vectors fit
+NAMES = ["cat", "potted plant", "airplane"]                    # one or two tokens: the paper's 73 vectors fit
 LONGER = ["cat", "potted plant", "chest of drawers"]                # three tokens: only 72 do
 D, E, Et = TINY["embed_dim"], TINY["width"], TINY["text_width"]
 
@@ -37,13 +39,15 @@ def model() -> clip.CLIP:
 
 
 def some_rectifier(model: clip.CLIP, classes: int, prompt_length: int = 73) -> rectify.Rectifier:
-    """A rectifier in the middle of its training: no bias is 0, no scale 1, no two prompt vectors are alike."""
+    """A rectifier in the middle of its training: no bias is 0, no scale 1, no two prompt vectors are
+    alike."""
     torch.manual_seed(0)
     rectifier = rectify.Rectifier(model, classes, prompt_length)
     with torch.no_grad():
         for parameter in rectifier.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
-        rectifier.projection.weight *= 30           # so that the bias weighs in what follows: no error in it is drowned
+        # so that the bias weighs in what follows: no error in it is drowned
+        rectifier.projection.weight *= 30
         rectifier.decoder.norm.running_mean += torch.randn(classes)
         rectifier.decoder.norm.running_var *= 0.5 + torch.rand(classes)
     return rectifier
@@ -52,7 +56,8 @@ def some_rectifier(model: clip.CLIP, classes: int, prompt_length: int = 73) -> r
 # ------------------------------------------------------------------------------------------ what CLIP says
 
 def test_query_features_average_every_name_in_every_template(model):
-    """W_q: each sentence encoded alone and normalised; the mean over templates and synonyms, normalised again."""
+    """W_q: each sentence encoded alone and normalised; the mean over templates and synonyms, normalised
+    again."""
     vocabulary = words.Vocabulary((("cat", "kitten", "cat's tail"), ("chest of drawers",)), palette=(),
                                  templates=("a photo of a {}.", "the {} in a video game."))
     expected = []
@@ -84,11 +89,12 @@ def test_query_logits_are_cosines_of_patch_and_class():
 # ------------------------------------------------------------------------------------------ Eq. 1
 
 def slow_reference(model: clip.CLIP, prompt: torch.Tensor, names: list[str]) -> torch.Tensor:
-    """Eq. 1: every class alone, all 77 positions, through the causal text tower; then over the norm of the matrix."""
+    """Eq. 1: every class alone, all 77 positions, through the causal text tower; then over the norm of the
+    matrix."""
     rows = []
     for name in names:
         tokens = clip.encode(name) + [END]
-        end = len(prompt) + len(tokens)                             # the end token's place: start, L vectors, the name
+        end = len(prompt) + len(tokens)                    # the end token's place: start, L vectors, the name
         padding = [0] * (77 - end - 1)
         x = torch.cat([model.token_embedding(torch.tensor([START])), prompt,
                        model.token_embedding(torch.tensor(tokens + padding))])
@@ -102,7 +108,8 @@ def slow_reference(model: clip.CLIP, prompt: torch.Tensor, names: list[str]) -> 
 def test_eq1_reference_features_equal_each_class_alone(model, names, length):
     """W_r: the pass that shares its prefix among the classes gives what 77 tokens class by class give."""
     prompt = 0.1 * random(length, Et)
-    assert relative(rectify.reference_features(model, prompt, names), slow_reference(model, prompt, names)) <= 1e-5
+    assert relative(rectify.reference_features(model, prompt, names),
+                    slow_reference(model, prompt, names)) <= 1e-5
 
 
 def test_eq1_the_whole_matrix_has_length_one_and_rows_keep_their_ratio(model):
@@ -112,21 +119,24 @@ def test_eq1_the_whole_matrix_has_length_one_and_rows_keep_their_ratio(model):
     assert found.square().sum().item() == pytest.approx(1, abs=1e-5)
     lengths, expected = found.norm(dim=1), raw.norm(dim=1)
     assert torch.allclose(lengths / lengths[0], expected / expected[0], rtol=1e-4)
-    assert lengths.max() / lengths.min() > 1.001                    # per-row normalisation would make them all alike
+    assert lengths.max() / lengths.min() > 1.001             # per-row normalisation would make them all alike
 
 
 def test_eq1_a_three_token_name_is_read_at_its_end_token(model):
-    """With 72 real words for a prompt, "chest of drawers" ends at the last of 77 places and reads as CLIP reads it."""
+    """With 72 real words for a prompt, "chest of drawers" ends at the last of 77 places and reads as CLIP
+    reads it."""
     words = ["word"] * 72
     tokens = clip.tokenize(" ".join([*words, "chest of drawers"]))
     assert tokens[0, 76] == END
     prompt = model.token_embedding(torch.tensor(clip.encode(" ".join(words))))
     expected = model.encode_text(tokens)
-    assert relative(rectify.reference_features(model, prompt, ["chest of drawers"]), expected / expected.norm()) <= 1e-5
+    assert relative(rectify.reference_features(model, prompt, ["chest of drawers"]),
+                    expected / expected.norm()) <= 1e-5
 
 
 def test_eq1_a_name_that_does_not_fit_is_refused(model):
-    """73 vectors and three tokens need 78 places: the error names the class and the number of vectors that fit."""
+    """73 vectors and three tokens need 78 places: the error names the class and the number of vectors that
+    fit."""
     with pytest.raises(ValueError, match="chest of drawers.*at most 72 vectors"):
         rectify.reference_features(model, random(73, Et), LONGER)
     assert model.prompt_room(LONGER) == 72                          # what rectify.main shortens the prompt to
@@ -140,7 +150,8 @@ def slow_bias(positions: torch.Tensor, projection: torch.nn.Conv2d, reference: t
     bias = torch.empty(C, h, w)
     for i in range(h):
         for j in range(w):
-            projected = projection.weight[:, :, 0, 0] @ positions[:, i, j] + projection.bias     # W_p at (i, j): (D,)
+            # W_p at (i, j): (D,)
+            projected = projection.weight[:, :, 0, 0] @ positions[:, i, j] + projection.bias
             for k in range(C):
                 bias[k, i, j] = projected @ reference[k]
     return bias
@@ -148,13 +159,15 @@ def slow_bias(positions: torch.Tensor, projection: torch.nn.Conv2d, reference: t
 
 @pytest.mark.parametrize("grid", [(4, 4), (3, 5)])
 def test_eq2_bias_logits_equal_the_loop(model, grid):
-    """M_b: projected position times reference, place by place and class by class, on CLIP's own grid and on others."""
+    """M_b: projected position times reference, place by place and class by class, on CLIP's own grid and on
+    others."""
     positions, reference = model.visual.patch_positions(*grid), unit(6, D)
     projection = torch.nn.Conv2d(E, D, kernel_size=1)
     found = rectify.bias_logits(positions, projection, reference)
     assert relative(found, slow_bias(positions, projection, reference)) <= 1e-5
     rectifier = some_rectifier(model, classes=6)
-    assert torch.equal(rectifier.bias(positions, reference), rectify.bias_logits(positions, rectifier.projection, reference))
+    assert torch.equal(rectifier.bias(positions, reference),
+                       rectify.bias_logits(positions, rectifier.projection, reference))
 
 
 def test_eq2_both_factors_of_the_bias_learn(model):
@@ -197,12 +210,13 @@ def slow_convolution(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def test_eq4_decoder_equals_convolution_and_batch_norm_by_hand():
-    """M_o: features first, logits behind; batch statistics while training (and kept), the kept ones afterwards."""
+    """M_o: features first, logits behind; batch statistics while training (and kept), the kept ones
+    afterwards."""
     B, C, dim, h, w = 2, 3, 4, 4, 5
     torch.manual_seed(0)
     decoder = rectify.Decoder(dim, C)
     norm = decoder.norm
-    with torch.no_grad():                                           # a fresh norm has weight 1, bias 0: hides errors
+    with torch.no_grad():                                    # a fresh norm has weight 1, bias 0: hides errors
         for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
             tensor += torch.rand(C)
     features, logits = random(B, dim, h, w), random(B, C, h, w, seed=1)
@@ -218,10 +232,12 @@ def test_eq4_decoder_equals_convolution_and_batch_norm_by_hand():
     for k in range(C):
         mean, variance = x[:, k].mean(), x[:, k].var(unbiased=True)
         assert norm.running_mean[k].item() == pytest.approx((0.9 * old_mean[k] + 0.1 * mean).item(), abs=1e-5)
-        assert norm.running_var[k].item() == pytest.approx((0.9 * old_variance[k] + 0.1 * variance).item(), rel=1e-5)
+        assert norm.running_var[k].item() == pytest.approx((0.9 * old_variance[k] + 0.1 * variance).item(),
+                                                           rel=1e-5)
 
     for k in range(C):
-        expected[:, k] = ((x[:, k] - norm.running_mean[k]) / (norm.running_var[k] + 1e-5).sqrt() * norm.weight[k]
+        expected[:,
+                 k] = ((x[:, k] - norm.running_mean[k]) / (norm.running_var[k] + 1e-5).sqrt() * norm.weight[k]
                           + norm.bias[k])
     assert relative(decoder.eval()(features, logits), expected.detach()) <= 1e-5
 
@@ -235,7 +251,8 @@ def test_eq4_decoder_starts_as_the_released_code_starts_it():
 
 
 def test_the_rectifier_is_eq3_and_eq4(model):
-    """Query minus bias through the decoder; at test time an image gets the same logits whatever it is batched with."""
+    """Query minus bias through the decoder; at test time an image gets the same logits whatever it is batched
+    with."""
     rectifier = some_rectifier(model, classes=3).eval()
     features, query, bias = unit(2, D, 4, 5, dim=1), unit(3, D, seed=1), random(3, 4, 5)
     found = rectifier(features, query, bias)
@@ -246,19 +263,23 @@ def test_the_rectifier_is_eq3_and_eq4(model):
 
 
 def test_bias_that_is_the_same_everywhere_is_lost_in_the_decoder():
-    """Why M_b gives so little beside a decoder: Eq. 4 is linear up to its BatchNorm, which takes a constant away.
+    """Why M_b gives so little beside a decoder: Eq. 4 is linear up to its BatchNorm, which takes a constant
+    away.
 
-    Exactly so with a border that repeats itself; with Eq. 4's zeros around the image a constant is still seen two patches deep.
+    Exactly so with a border that repeats itself; with Eq. 4's zeros around the image a constant is still seen
+    two patches deep.
     """
     features, logits, bias = unit(2, D, 9, 11, dim=1), random(2, 3, 9, 11, seed=1), random(3, 1, 1, seed=2)
     decoder = rectify.Decoder(D, 3).train()
-    change = decoder.conv(torch.cat([features, logits - bias], dim=1)) - decoder.conv(torch.cat([features, logits], dim=1))
+    change = decoder.conv(torch.cat([features, logits - bias],
+                                    dim=1)) - decoder.conv(torch.cat([features, logits], dim=1))
     inside = change[:, :, 2:-2, 2:-2]
     assert inside.abs().amax() > 0.01 and relative(inside, inside[:, :, :1, :1].expand_as(inside)) <= 1e-5
     assert relative(decoder(features, logits - bias), decoder(features, logits)) > 0.01
     decoder.conv.padding_mode = "replicate"
     assert relative(decoder(features, logits - bias), decoder(features, logits)) <= 1e-4
-    assert relative(decoder(features, logits - bias * random(1, 9, 11, seed=3)), decoder(features, logits)) > 0.01
+    assert relative(decoder(features, logits - bias * random(1, 9, 11, seed=3)),
+                    decoder(features, logits)) > 0.01
 
 
 # ------------------------------------------------------------------------------------------ Eq. 5
@@ -282,7 +303,8 @@ def test_eq5_every_patch_goes_to_exactly_one_class():
 
 
 def test_eq5_the_gradient_is_that_of_the_softmax():
-    """Straight-through: forward the hard mask, backward scale · s_k (g_k − Σ s g), s the noisy soft distribution."""
+    """Straight-through: forward the hard mask, backward scale · s_k (g_k − Σ s g), s the noisy soft
+    distribution."""
     scale = 3.0
     decoded = random(2, 4, 3, 3).requires_grad_()
     uniform, upstream = uniform_like(decoded), random(2, 4, 3, 3, seed=5)
@@ -302,7 +324,8 @@ def test_eq5_equals_torch_with_the_same_noise(scale):
     """Value and gradient are those of torch.nn.functional.gumbel_softmax(hard=True)."""
     ours, theirs = (random(2, 4, 5, 6).double().requires_grad_() for _ in range(2))
     torch.manual_seed(3)
-    uniform = torch.empty(ours.shape, dtype=torch.float64).exponential_().neg().exp()   # torch's noise is −log uniform
+    # torch's noise is −log uniform
+    uniform = torch.empty(ours.shape, dtype=torch.float64).exponential_().neg().exp()
     found = rectify.rectified_masks(ours, scale, uniform)
     torch.manual_seed(3)
     expected = F.gumbel_softmax(scale * theirs, tau=1.0, hard=True, dim=1)
@@ -314,7 +337,8 @@ def test_eq5_equals_torch_with_the_same_noise(scale):
 
 
 def test_eq5_the_rarest_random_numbers_stay_finite():
-    """A uniform number of exactly 0, just under 1, or 1 gives a one-hot mask and a finite gradient, no NaN."""
+    """A uniform number of exactly 0, just under 1, or 1 gives a one-hot mask and a finite gradient, no
+    NaN."""
     decoded = torch.zeros(1, 2, 1, 4, requires_grad=True)
     near_one = 1 - 2 ** -24
     uniform = torch.tensor([[0.0, 0.0, near_one, 1.0], [0.0, 0.5, near_one, 1.0]]).view(1, 2, 1, 4)
@@ -330,7 +354,7 @@ def test_eq5_classes_are_drawn_as_often_as_softmax_says(scale):
     logits, patches = torch.tensor([0.0, 0.5, -0.3, 0.9]), 40_000
     decoded = logits.view(1, 4, 1, 1).expand(1, 4, 200, patches // 200)
     share = rectify.rectified_masks(decoded, scale, uniform_like(decoded)).mean(dim=(0, 2, 3))
-    assert torch.allclose(share, (scale * logits).softmax(dim=0), atol=0.01)            # four standard deviations
+    assert torch.allclose(share, (scale * logits).softmax(dim=0), atol=0.01)        # four standard deviations
 
 
 def test_eq5_a_huge_scale_leaves_nothing_to_chance():
@@ -351,7 +375,8 @@ def coordinates(H: int, W: int) -> torch.Tensor:
 @pytest.mark.parametrize("size", [(336, 336), (336, 504), (144, 192), (97, 131), (131, 97), (37, 500)])
 @pytest.mark.parametrize("ratio, places", [(1 / 6, 11), (1 / 3, 5), (1 / 2, 3)])
 def test_eq6_windows_tile_the_image_half_a_window_apart(size, ratio, places):
-    """r = 1/6 gives 11 × 11 = 121 windows at any size: from corner to corner, inside the image, half overlapping."""
+    """r = 1/6 gives 11 × 11 = 121 windows at any size: from corner to corner, inside the image, half
+    overlapping."""
     H, W = size
     found = rectify.windows(coordinates(H, W), ratio)
     height, width = round(H * ratio), round(W * ratio)
@@ -361,7 +386,7 @@ def test_eq6_windows_tile_the_image_half_a_window_apart(size, ratio, places):
         assert torch.equal(window[0, :, 0], torch.arange(top, top + height).float())
         assert torch.equal(window[1, 0, :], torch.arange(left, left + width).float())
     assert corners[0] == (0, 0) and corners[-1] == (H - height, W - width)
-    for k, (top, left) in enumerate(corners):                       # row by row; up to the rounding to whole pixels
+    for k, (top, left) in enumerate(corners):                 # row by row; up to the rounding to whole pixels
         assert abs(top - (k // places) * H * ratio / 2) <= 1.01
         assert abs(left - (k % places) * W * ratio / 2) <= 1.01
 
@@ -389,7 +414,8 @@ def test_eq6_votes_are_shares_of_windows_won():
             expected[b, similarities.index(max(similarities))] += 1 / 7
     assert (expected > 0).sum() > 6                                 # the example is not a trivial one
     assert relative(rectify.window_votes(features, query), expected) <= 1e-5
-    assert relative(rectify.window_votes(features[1] * torch.arange(1, 8)[:, None], query), expected[1]) <= 1e-5
+    assert relative(rectify.window_votes(features[1] * torch.arange(1, 8)[:, None], query),
+                    expected[1]) <= 1e-5
 
 
 @pytest.mark.parametrize("votes, threshold, expected", [
@@ -422,17 +448,20 @@ def pictures(tmp_path_factory) -> dict:
 def window_features(model: clip.CLIP, path, short_side: int, ratio: float) -> torch.Tensor:
     """CLIP's vector of every window of one picture, window by window: (k², D)."""
     image = data.to_tensor(data.short_side_to(images.read_image(path), short_side))
-    return torch.cat([model.encode_image(F.interpolate(window[None], size=(32, 32), mode="bicubic", antialias=True))
+    return torch.cat([model.encode_image(F.interpolate(window[None], size=(32, 32), mode="bicubic",
+                                                       antialias=True))
                       for window in rectify.windows(image, ratio)])
 
 
 @pytest.mark.parametrize("per_batch, batches", [(1, 100 * [1]), (10, 4 * [9, 9, 7]), (60, [38, 37, 25]),
                                                 (1024, [100])])
 def test_eq6_votes_of_a_folder_equal_window_by_window(model, pictures, monkeypatch, per_batch, batches):
-    """count_votes runs windows of several images at once, in batches of any size, and counts as one by one would."""
+    """count_votes runs windows of several images at once, in batches of any size, and counts as one by one
+    would."""
     short_side, ratio = 120, 1 / 3
     features = {name: window_features(model, path, short_side, ratio) for name, path in pictures.items()}
-    # Random vectors are all alike to a random CLIP. Windows themselves, less what all have in common, tell them apart.
+    # Random vectors are all alike to a random CLIP. Windows themselves, less what all have in common, tell
+    # them apart.
     everything = torch.cat(list(features.values()))
     query = F.normalize(everything[::5] - everything.mean(dim=0), dim=-1)
     expected = {}
@@ -442,13 +471,16 @@ def test_eq6_votes_of_a_folder_equal_window_by_window(model, pictures, monkeypat
     assert all((votes > 0).sum() >= 2 for votes in expected.values())
 
     seen, encode_image = [], model.encode_image
-    monkeypatch.setattr(model, "encode_image", lambda images: seen.append(len(images)) or encode_image(images))
-    setup = SimpleNamespace(clip_model=model, device=model.device, training_images=pictures, workers=0, precision="fp32")
-    found = rectify.count_votes(setup, query, rectify.Recipe(short_side=short_side, window_ratio=ratio), per_batch)
+    monkeypatch.setattr(model, "encode_image", lambda images: seen.append(len(images))
+                        or encode_image(images))
+    setup = SimpleNamespace(clip_model=model, device=model.device, training_images=pictures, workers=0,
+                            precision="fp32")
+    found = rectify.count_votes(setup, query, rectify.Recipe(short_side=short_side, window_ratio=ratio),
+                                per_batch)
     assert len(found) == len(pictures)
     for of_image, name in zip(found, pictures):
         assert relative(of_image, expected[name]) <= 1e-5
-    assert seen == batches                                          # each window once; never more than was allowed
+    assert seen == batches                                     # each window once; never more than was allowed
 
 
 # ------------------------------------------------------------------------------------------ Eq. 7
@@ -461,7 +493,8 @@ def slow_contrastive_loss(features, masks, query, hypothesis, scale: float) -> f
         of_classes = []
         for k in range(C):
             if hypothesis[b, k]:
-                pooled = sum(masks[b, k, i, j] * features[b, :, i, j] for i in range(h) for j in range(w)) / (h * w)
+                pooled = sum(masks[b, k, i, j] * features[b, :, i, j] for i in range(h)
+                             for j in range(w)) / (h * w)
                 similarities = [scale * (pooled @ query[other]).item() for other in range(C)]
                 total = sum(math.exp(similarity) for similarity in similarities)
                 of_classes.append(-math.log(math.exp(similarities[k]) / total))
@@ -469,7 +502,8 @@ def slow_contrastive_loss(features, masks, query, hypothesis, scale: float) -> f
     return sum(of_images) / len(of_images)
 
 
-HYPOTHESIS = torch.tensor([[1, 0, 1, 1, 0], [0, 1, 0, 0, 0]]).bool()       # three classes in one image, one in the other
+# three classes in one image, one in the other
+HYPOTHESIS = torch.tensor([[1, 0, 1, 1, 0], [0, 1, 0, 0, 0]]).bool()
 
 
 def test_eq7_contrastive_loss_equals_the_loop():
@@ -477,11 +511,13 @@ def test_eq7_contrastive_loss_equals_the_loop():
     features, query = unit(2, D, 3, 4, dim=1), unit(5, D, seed=1)
     masks = random(2, 5, 3, 4).softmax(dim=1)
     found = rectify.contrastive_loss(features, masks, query, HYPOTHESIS, scale=20.0)
-    assert found.item() == pytest.approx(slow_contrastive_loss(features, masks, query, HYPOTHESIS, 20.0), rel=1e-5)
+    assert found.item() == pytest.approx(slow_contrastive_loss(features, masks, query, HYPOTHESIS, 20.0),
+                                         rel=1e-5)
 
 
 def test_eq7_an_empty_mask_still_learns():
-    """Nothing covered: the loss is ln C, and its gradient calls first for the patch that most stands out as class k."""
+    """Nothing covered: the loss is ln C, and its gradient calls first for the patch that most stands out as
+    class k."""
     features, query = unit(2, D, 3, 4, dim=1), unit(5, D, seed=1)
     masks = torch.zeros(2, 5, 3, 4, requires_grad=True)
     loss = rectify.contrastive_loss(features, masks, query, HYPOTHESIS, scale=100.0)
@@ -496,7 +532,8 @@ def test_eq7_an_empty_mask_still_learns():
 
 
 def test_eq7_right_masks_cost_less_than_wrong_ones():
-    """Patches that look like their class, each under its own mask: cheaper than the same masks with classes swapped."""
+    """Patches that look like their class, each under its own mask: cheaper than the same masks with classes
+    swapped."""
     query = unit(3, D)
     truth = torch.tensor([[0, 0, 0, 1], [2, 2, 1, 1]])                                   # (h, w)
     features = F.normalize(query[truth].permute(2, 0, 1) + 0.05 * random(D, 2, 4, seed=1), dim=0)[None]
@@ -531,7 +568,8 @@ def test_autocast_leaves_cosines_bias_and_loss_in_float32():
     expected = results()
     with torch.autocast("cpu", torch.bfloat16):
         assert (features[0, :, 0] @ features[0, :, 0].T).dtype == torch.bfloat16            # it is on
-        assert all(found.dtype == torch.float32 and torch.equal(found, wanted) for found, wanted in zip(results(), expected))
+        assert all(found.dtype == torch.float32 and torch.equal(found, wanted) for found,
+                   wanted in zip(results(), expected))
 
 
 # ------------------------------------------------------------------------------------------ training
@@ -541,12 +579,13 @@ def test_rectifier_holds_what_stage_1_trains_and_nothing_else(model):
     rectifier = rectify.Rectifier(model, classes=3, prompt_length=73)
     shapes = {name: tuple(parameter.shape) for name, parameter in rectifier.named_parameters()}
     assert shapes == {"prompt": (73, Et), "projection.weight": (D, E, 1, 1), "projection.bias": (D,),
-                      "decoder.conv.weight": (3, D + 3, 5, 5), "decoder.norm.weight": (3,), "decoder.norm.bias": (3,)}
+                      "decoder.conv.weight": (3, D + 3, 5, 5), "decoder.norm.weight": (3,),
+                      "decoder.norm.bias": (3,)}
     assert torch.equal(rectifier.prompt, model.token_embedding.weight[:1].expand(73, Et))
 
 
 RECIPE = rectify.Recipe(mask_scale=2.0, loss_scale=20.0, vote_threshold=0.1)
-IMAGES = random(2, 3, 24, 37)                                       # 3 × 5 patches of 8 pixels, the last ones padded
+IMAGES = random(2, 3, 24, 37)                                # 3 × 5 patches of 8 pixels, the last ones padded
 VOTES = torch.tensor([[0.6, 0.05, 0.35], [0.02, 0.9, 0.08]])        # of which HYPOTHESIS[:, :3] is above 0.1
 
 
@@ -612,11 +651,13 @@ def test_training_lowers_the_loss(model):
 # ------------------------------------------------------------------------------------------ the numbers
 
 def test_rate_of_stage_1_follows_the_poly_schedule():
-    """rate · (1 − step/horizon)^0.9: the full rate at first, zero at the horizon, 0.0077 where VOC's run stops."""
+    """rate · (1 − step/horizon)^0.9: the full rate at first, zero at the horizon, 0.0077 where VOC's run
+    stops."""
     recipe = rectify.Recipe(learning_rate=0.01, horizon=20, epochs=5, poly_power=0.9)
     rates = [rectify.learning_rate(recipe, step, steps_per_epoch=10) for step in (0, 50, 100, 200)]
     assert rates == [0.01, pytest.approx(0.0077189, abs=1e-7), pytest.approx(0.0053589, abs=1e-7), 0]
-    assert rectify.learning_rate(replace(recipe, learning_rate=0.04, poly_power=1.0), 50, 10) == pytest.approx(0.03)
+    assert rectify.learning_rate(replace(recipe, learning_rate=0.04, poly_power=1.0), 50,
+                                 10) == pytest.approx(0.03)
 
 
 def test_rate_of_a_run_longer_than_its_horizon_stays_real():
@@ -629,23 +670,25 @@ def test_the_recipe_of_voc_is_the_papers():
     """Every number of stage 1 on VOC, as the paper and the released code have it."""
     assert asdict(rectify.RECIPES["voc"]) == dict(
         dense_path="residual", prompt_length=73, window_ratio=1 / 6, vote_threshold=0.07, mask_scale=100.0,
-        loss_scale=100.0, short_side=336, crop=(336, 336), scale=(0.5, 2.0), distort=True, batch_size=1, learning_rate=0.01,
+        loss_scale=100.0, short_side=336, crop=(336, 336), scale=(0.5, 2.0), distort=True, batch_size=1,
+                                                  learning_rate=0.01,
         momentum=0.9, weight_decay=5e-4, poly_power=0.9, horizon=200, epochs=50,
         cache_features=0.0)
 
 
 @pytest.mark.parametrize("stage", [rectify, distill])
 def test_every_dataset_has_a_recipe_that_the_flags_can_change(stage):
-    """Known datasets and folders have a recipe in both stages; --epochs and --batch-size replace their own field, and the
-    learning rate goes with the batch."""
+    """Known datasets and folders have a recipe in both stages; --epochs and --batch-size replace their own
+    field, and the learning rate goes with the batch."""
     for name in [*DATASETS, "some/folder"]:
         def recipe(*given):
             args = stage.flags().parse_args(given)
-            return data.recipe_for(SimpleNamespace(data=name, training_images=range(1000), args=args), stage.RECIPES, {})
+            return data.recipe_for(SimpleNamespace(data=name, training_images=range(1000), args=args),
+                                   stage.RECIPES, {})
 
         plain = recipe()
         assert plain == stage.RECIPES["folder" if name == "some/folder" else name]
         rate = pytest.approx(plain.learning_rate * 3 / plain.batch_size)
         assert asdict(recipe("--epochs", "1000", "--batch-size", "3")) \
             == asdict(plain) | {"epochs": 1000, "batch_size": 3, "learning_rate": rate}
-    assert rectify.RECIPES["folder"].vote_threshold == 0            # of unknown images: whatever wins one window
+    assert rectify.RECIPES["folder"].vote_threshold == 0         # of unknown images: whatever wins one window

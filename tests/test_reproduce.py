@@ -22,14 +22,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import distill
 import evaluate
 import rectify
 from clip.download import sha256
 from conftest import ROOT
-from harness import errors, files, runs
+from harness import errors, files
 from helpers import refusal, run, write_voc_tree
-from paper import bias, reported, reproduce, run as paper_run, systems, tables
+from paper import bias, reproduce, run as paper_run, systems, tables
 from paper.reported import CLAIMS, FIGURES, MEASURES, SWEEPS, TABLES, WHAT, Claim, Row, Table, stage_1
 from paper.reproduce import Job
 
@@ -621,3 +620,26 @@ def test_page_of_real_datasets_has_a_row_and_a_command_for_every_number_of_the_p
     text = (ROOT / "paper/results/real.md").read_text(encoding="utf-8")
     expected = "\n".join(rows_of_real_datasets())
     assert expected.strip() in text, expected
+
+
+def test_page_of_the_room_has_the_papers_table_ii_and_todays_count():
+    """paper/README.md: Table II cell by cell, every system by name, and as many claims as toyland.md says."""
+    text = (ROOT / "paper/README.md").read_text(encoding="utf-8")
+    for row in TABLES["table2"].rows:
+        if row.paper:
+            title, ours = (row.title, " / –") if row.cell else (f"{row.title}, cited", "")
+            cells = [f"{row.paper[data]:.1f}{ours}" if data in row.paper else "–" for data in tables.NAMES]
+            assert tables.line([title, *cells]) in text
+    named = set(re.findall(r"`([\w+-]+)`", text))
+    assert set(systems.SYSTEMS) - {"reclip++", "no-bias+loss-cosine", "no-bias+loss-area"} <= named
+    assert set(WHAT) - {f"table{number}" for number in range(2, 9)} <= named
+    [(held, judged, papers, of_papers, ours, of_ours)] = re.findall(
+        r"^(\d+) of (\d+) held: (\d+) of (\d+) of the paper's, (\d+) of (\d+) of ours\.",
+        (ROOT / "paper/results/toyland.md").read_text(), flags=re.M)
+    page = " ".join(text.split())
+    assert (f"In Toyland {judged} have been judged: **{held} held**, {papers} of the paper's {of_papers} and "
+            f"{ours} of ours.") in page
+    assert f"Of the {len(CLAIMS)} claims, {len(CLAIMS) - 6} are the paper's and 6 are ours." in page
+    stages = json.loads((ROOT / "paper/results/stages.json").read_text())["stages"]
+    for name in ("rectify", "distill"):
+        assert f"| {stages[name]['title']} | {tables.mean_and_spread(stages[name]['miou'])} | " in text

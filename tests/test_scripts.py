@@ -323,7 +323,8 @@ def test_broken_images_are_skipped_counted_and_listed_where_asked(photos, capsys
 
 
 def test_labels_among_the_photos_are_left_out_and_told(photos, capsys):
-    """A folder of index pictures inside the folder of photos must not be trained on: the same weights as without."""
+    """A folder of index pictures inside the folder of photos must not be trained on: the same weights as
+    without."""
     run(rectify, *photos, "--out", "without")
     write_label(Path("photos/labels/z.png"), np.zeros((40, 56)))
     capsys.readouterr()

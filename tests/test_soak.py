@@ -1,5 +1,5 @@
-"""A long run needs no more memory than a short one: 1,000 steps of each stage, 2,000 images of differing sizes
-measured.
+"""A long run needs no more memory than a short one: 1,000 steps of each stage, 2,000 images of differing
+sizes measured.
 
     python -m pytest tests/test_soak.py              # about a minute on one core
 
@@ -21,9 +21,9 @@ import pytest
 
 STEPS, IMAGES = 1000, 2000
 MIB = 2 ** 20
-# Between the end of the first tenth and the end, measured on Linux: 0 in both trainings, 0.6 MiB in the evaluation,
-# whose last new image size comes late. A bound of 8 MiB leaves an allocator room and still finds 9 KiB lost per
-# step: a batch of these tiny pictures has 30, a graph that somebody keeps has far more.
+# Between the end of the first tenth and the end, measured on Linux: 0 in both trainings, 0.6 MiB in the
+# evaluation, whose last new image size comes late. A bound of 8 MiB leaves an allocator room and still finds
+# 9 KiB lost per step: a batch of these tiny pictures has 30, a graph that somebody keeps has far more.
 BOUND = 8 * MIB
 
 
@@ -47,10 +47,10 @@ def test_a_long_run_needs_no_more_memory_than_its_first_tenth(memory, run, lengt
     assert grown < BOUND, f"{run} grew by {grown / MIB:.1f} MiB, in tenths: {tenths}"
 
 
-# ----------------------------------------------------------------------------------- the process that is watched
+# -------------------------------------------------------------------------------- the process that is watched
 
 def memory_held() -> int:
-    """Bytes that this process alone holds, libraries apart; where the system does not say, the most so far."""
+    """Bytes that this process holds, libraries apart. Where the system does not tell, the most so far."""
     try:
         _, resident, shared, *_ = map(int, Path("/proc/self/statm").read_text().split())
         return (resident - shared) * resource.getpagesize()
@@ -60,8 +60,8 @@ def memory_held() -> int:
 
 
 def write_pictures(folder: Path, count: int) -> None:
-    """Pictures under `photos`, labels of three classes under `labels`: squares to panoramas of 1 : 4, lying and
-    standing."""
+    """Pictures under `photos`, labels of three classes under `labels`: squares to panoramas of 1 : 4, lying
+    and standing."""
     from helpers import photo, write_label
     (folder / "photos").mkdir(parents=True)
     random = np.random.default_rng(0)
@@ -73,7 +73,7 @@ def write_pictures(folder: Path, count: int) -> None:
 
 
 def long_runs(folder: Path) -> dict[str, list[int]]:
-    """Both stages through their scripts' own `main`, then all stages measured: name → bytes after every step."""
+    """Both stages through their scripts' `main`, then all stages measured: name → bytes after every step."""
     import data
     import distill
     import evaluate
@@ -82,7 +82,7 @@ def long_runs(folder: Path) -> dict[str, list[int]]:
     from harness import runs
     from helpers import SMALLEST, quick_recipes, run, write_openai_archive
 
-    write_pictures(folder / "taught", 20)                           # ten steps an epoch, and as many times saved
+    write_pictures(folder / "taught", 20)                       # ten steps an epoch, and as many times saved
     write_pictures(folder / "measured", IMAGES)
     (folder / "names.txt").write_text("cat\nsofa\nwall\n")
     write_openai_archive(folder / "tiny.pt", **SMALLEST)

@@ -33,7 +33,7 @@ import rectify
 from conftest import ROOT
 from datasets import DATASETS, images as image_files
 from harness import errors, files, runs
-from helpers import (TINY, quick_recipes, random, refusal, relative, run, toy_setup, toy_vocabulary, unit,
+from helpers import (TINY, random, refusal, relative, run, toy_setup, toy_vocabulary, unit,
                      write_photos, write_voc_tree)
 from paper import reported, run as paper_run, systems
 from paper.systems import SYSTEMS

@@ -22,9 +22,11 @@ def write_classes(folder, content: str | bytes):
 # ------------------------------------------------------------------------------------------ class files
 
 @pytest.mark.parametrize("content", [
-    "cat\ndog\n", "cat\ndog", "\n cat \n\n\tdog\n\n", "# what lives here\ncat\n  # and\ndog\n", "cat\r\ndog\r\n",
+    "cat\ndog\n", "cat\ndog", "\n cat \n\n\tdog\n\n", "# what lives here\ncat\n  # and\ndog\n",
+                                     "cat\r\ndog\r\n",
     b"\xef\xbb\xbfcat\ndog\n", "cat,\n,dog\n"],
-    ids=["plain", "no last newline", "blanks", "comments", "Windows' line ends", "byte order mark", "loose commas"])
+    ids=["plain", "no last newline", "blanks", "comments", "Windows' line ends", "byte order mark",
+         "loose commas"])
 def test_class_file_holds_one_class_a_line(tmp_path, content):
     """However an editor saves the file, the same two classes come out of it."""
     assert words.read_classes(write_classes(tmp_path, content)) == WORDS
@@ -45,7 +47,8 @@ def test_synonyms_stand_after_commas_and_the_first_is_shown(tmp_path):
     ("".join(f"word {i}\n" for i in range(256)), "at most 255 classes", "found 256"),
     ("cat\ndog\nCat\n", "every name once", "found 'Cat' at class 1 and at class 3"),
     ("cat, puss\ndog, puss\n", "every name once", "found 'puss' at class 1 and at class 2"),
-    ("potted plant\ndog\npotted  plant\n", "every name once", "class 3: to CLIP it is the same as 'potted plant'"),
+    ("potted plant\ndog\npotted  plant\n", "every name once",
+     "class 3: to CLIP it is the same as 'potted plant'"),
     ("cafe\u0301\ndog\ncaf\xe9\n", "every name once", "to CLIP it is the same as"),
     ("dog\n" + "x" * 100_000, "at most 65 tokens", "found 100000 characters in 'xxx"),
     ("cat\n , ,\ndog\n", "a name for class 2", "found only commas"),
@@ -76,15 +79,17 @@ def test_255_classes_are_allowed(tmp_path):
 
 
 def test_longest_allowed_name_fits_into_every_sentence(tmp_path):
-    """A name of as many tokens as are allowed can be said in all 85 sentences and leaves room for the learned prompt."""
+    """A name of as many tokens as are allowed can be said in all 85 sentences and leaves room for the learned
+    prompt."""
     name = " ".join(["very"] * 64 + ["old"])
     [(longest,), _] = words.read_classes(write_classes(tmp_path, f"{name}\ncat\n"))
     assert len(clip.encode(longest)) == 65
-    clip.tokenize([template.format(longest) for template in words.QUERY_TEMPLATES])           # raises if one is too long
+    # raises if one is too long
+    clip.tokenize([template.format(longest) for template in words.QUERY_TEMPLATES])
     assert small_clip().prompt_room([longest]) >= 1
 
 
-# ------------------------------------------------------------------------------------------ names, colours, sentences
+# ---------------------------------------------------------------------------------- names, colours, sentences
 
 def test_voc_has_its_20_classes_in_order_and_its_official_colours():
     """Class i has the colour that VOC's rule gives to the label value i + 1."""
@@ -101,12 +106,14 @@ def test_toyland_has_16_classes_and_colours():
 
 def test_85_query_templates_all_different_each_with_one_place_for_the_name():
     assert len(words.QUERY_TEMPLATES) == len(set(words.QUERY_TEMPLATES)) == 85
-    assert all(template.count("{}") == 1 and template.format("cat").endswith(".") for template in words.QUERY_TEMPLATES)
+    assert all(template.count("{}") == 1 and template.format("cat").endswith(".")
+               for template in words.QUERY_TEMPLATES)
     assert all(template == " ".join(template.split()) for template in words.QUERY_TEMPLATES)
 
 
 def test_own_classes_get_colours_of_their_own(tmp_path):
-    """Different colours, none black (that is ignored); a dataset's own names keep the official ones, whatever synonyms."""
+    """Different colours, none black (that is ignored); a dataset's own names keep the official ones, whatever
+    synonyms."""
     many = words.vocabulary_of("photos", tuple((f"word {i}",) for i in range(60)))
     assert len(set(many.palette)) == 60 and (0, 0, 0) not in many.palette
     assert all(0 <= channel <= 255 for colour in many.palette for channel in colour)
