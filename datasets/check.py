@@ -104,8 +104,8 @@ def wrong_counts(name: str, root: str, images: dict, labels: dict) -> list[str]:
                             f"for {len(without)} ({some(without)}). Unpack the labels again, else "
                             "evaluate.py measures the other images alone.")
         if split != "train" and name in DATASETS and not labels[split]:
-            pattern = " or ".join(DATASETS[name].labels.values()).replace("{split}",
-                                                                          DATASETS[name].splits[split])
+            patterns = " or ".join(DATASETS[name].labels.values())
+            pattern = patterns.replace("{split}", DATASETS[name].splits[split])
             problems.append(f"{split}: expected labels {pattern}, found none. Training needs none; "
                             f"evaluate.py does. Unpack: {DATASETS[name].archive}.")
     train, val = images.get("train", {}), images.get("val", {})          # Toyland counts each split from 0000

@@ -150,8 +150,8 @@ class LabelReader:
         if values.shape != size:
             turned = ""
             if values.shape == size[::-1]:
-                turned = " The sides are swapped: was the photograph turned by its EXIF orientation? Labels " \
-                         "are taken as upright."
+                turned = (" The sides are swapped: was the photograph turned by its EXIF orientation? "
+                          "Labels are taken as upright.")
             raise ValueError(f"{path}: expected a label of {size[0]}×{size[1]} pixels, as its image; found "
                              f"{values.shape[0]}×{values.shape[1]}.{turned}")
         classes, there = table[values], np.unique(values)

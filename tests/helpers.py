@@ -24,7 +24,8 @@ TINY = dict(width=128, layers=3, patch=8, resolution=32, embed_dim=48, text_widt
 
 def relative(found: Tensor, expected: Tensor) -> float:
     """‖found − expected‖ / ‖expected‖ over all entries. The shapes must agree: no silent broadcasting."""
-    assert found.shape == expected.shape, f"expected shape {tuple(expected.shape)}, found {tuple(found.shape)}"
+    assert found.shape == expected.shape, \
+        f"expected shape {tuple(expected.shape)}, found {tuple(found.shape)}"
     return ((found - expected).norm() / expected.norm()).item()
 
 
@@ -66,7 +67,8 @@ def openai_state(*, seed=0, **sizes) -> dict[str, Tensor]:
     for name, shape in openai_shapes(**sizes).items():
         # Matrices keep the size of what passes through them; vectors (biases, norms) get a noise one can see.
         std = 0.1 if len(shape) < 2 or "embedding" in name else math.prod(shape[1:]) ** -0.5
-        middle = 1.0 if ".ln_" in f".{name}" and name.endswith("weight") else 2.6 if name == "logit_scale" else 0.0
+        is_norm = ".ln_" in f".{name}" and name.endswith("weight")
+        middle = 1.0 if is_norm else 2.6 if name == "logit_scale" else 0.0
         state[name] = middle + std * torch.randn(shape, generator=generator)
     return state
 
@@ -94,7 +96,8 @@ def write_openai_archive(path: str | Path, *, width=768, layers=12, patch=16, re
     for name, tensor in state.items():
         *parents, leaf = name.split(".")
         module = tree
-        for parent in parents:                              # make the modules on the way, as in `a.b.c.weight`
+        # make the modules on the way, as in `a.b.c.weight`
+        for parent in parents:
             if parent not in module._modules:
                 module.add_module(parent, nn.Module())
             module = module._modules[parent]
@@ -104,7 +107,8 @@ def write_openai_archive(path: str | Path, *, width=768, layers=12, patch=16, re
     for block in tree.transformer.resblocks.children():
         block.attn_mask = torch.full((77, 77), -math.inf).triu(diagonal=1)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                     # torch calls TorchScript deprecated; the files remain
+        # torch calls TorchScript deprecated; the files remain
+        warnings.simplefilter("ignore")
         torch.jit.save(torch.jit.script(tree.eval()), str(path))
     return {name: tensor.float() for name, tensor in state.items()}
 
@@ -124,7 +128,7 @@ def toy_setup(out: Path, **flags):
     return Setup("toys", "data", toy_vocabulary(), model, "tiny", Namespace(**given))
 
 
-# ------------------------------------------------------------------------------------------ small datasets on disk
+# ------------------------------------------------------------------------------------- small datasets on disk
 
 # A CLIP for whole runs of the scripts: every size at its least, yet OpenAI's architecture and the real
 # tokenizer.
@@ -231,7 +235,7 @@ def write_public_tree(name: str, root: Path, values: list[int] | None = None) ->
     return base
 
 
-# ------------------------------------------------------------------------------------------ the scripts, in small
+# -------------------------------------------------------------------------------------- the scripts, in small
 
 def quick_recipes(monkeypatch, folder: Path) -> None:
     """Whole runs in seconds: tiny pictures, two epochs, and random weights in place of Toyland's pre-trained

@@ -24,7 +24,9 @@ import distill
 import evaluate
 import rectify
 from conftest import ROOT
-from datasets import DATASETS, check, described, images as image_files, is_folder, labels as ground_truth, words
+from datasets import DATASETS, check, described, is_folder, words
+from datasets import images as image_files
+from datasets import labels as ground_truth
 from harness import runs
 from helpers import (SMALLEST, TREES, photo, quick_recipes, refusal, run, write_label, write_openai_archive,
                      write_photos,
@@ -41,30 +43,34 @@ CITYSCAPES = {7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence",
               26: "car",
               27: "truck", 28: "bus", 31: "train", 32: "motorcycle", 33: "bicycle"}
 
-ALPHABETICAL = """airplane, bag, bed, bedclothes, bench, bicycle, bird, boat, book, bottle, building, bus, cabinet, car, cat,
-ceiling, chair, cloth, computer, cow, cup, curtain, dog, door, fence, floor, flower, food, grass, ground, horse, keyboard,
-light, motorbike, mountain, mouse, person, plate, platform, potted plant, road, rock, sheep, shelves, sidewalk, sign, sky,
-snow, sofa, table, track, train, tree, truck, tv monitor, wall, water, window, wood""".replace("\n",
-                                                                                               " ").split(", ")
+ALPHABETICAL = """airplane, bag, bed, bedclothes, bench, bicycle, bird, boat, book, bottle, building, bus,
+cabinet, car, cat, ceiling, chair, cloth, computer, cow, cup, curtain, dog, door, fence,
+floor, flower, food, grass, ground, horse, keyboard, light, motorbike, mountain, mouse,
+person, plate, platform, potted plant, road, rock, sheep, shelves, sidewalk, sign, sky,
+snow, sofa, table, track, train, tree, truck, tv monitor, wall, water, window,
+wood""".replace("\n", " ").split(", ")
 
-VOC_FIRST = """airplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, table, dog, horse, motorbike, person,
-potted plant, sheep, sofa, train, tv monitor, bag, bed, bench, book, building, cabinet, ceiling, cloth, computer, cup, door,
-fence, floor, flower, food, grass, ground, keyboard, light, mountain, mouse, curtain, platform, sign, plate, road, rock,
-shelves, sidewalk, sky, snow, bedclothes, track, tree, truck, wall, water, window, wood""".replace("\n",
-                                                                                                   " ").split(", ")
+VOC_FIRST = """airplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, table, dog, horse,
+motorbike, person, potted plant, sheep, sofa, train, tv monitor, bag, bed, bench, book,
+building, cabinet, ceiling, cloth, computer, cup, door, fence, floor, flower, food,
+grass, ground, keyboard, light, mountain, mouse, curtain, platform, sign, plate, road,
+rock, shelves, sidewalk, sky, snow, bedclothes, track, tree, truck, wall, water, window,
+wood""".replace("\n", " ").split(", ")
 
 # COCO-Stuff's 182 names, 1..182, and the group of each: things run in blocks, stuffs are told by name.
 COCO_THINGS = {"person": (1, 1), "vehicle": (2, 9), "outdoor": (10, 15), "animal": (16, 25),
                "accessory": (26, 33),
                "sports": (34, 43), "kitchen": (44, 51), "food things": (52, 61), "furniture things": (62, 71),
                "electronic": (72, 77), "appliance": (78, 83), "indoor": (84, 91)}
-COCO_STUFF_NAMES = """banner blanket branch bridge building-other bush cabinet cage cardboard carpet ceiling-other
-ceiling-tile cloth clothes clouds counter cupboard curtain desk-stuff dirt door-stuff fence floor-marble floor-other
-floor-stone floor-tile floor-wood flower fog food-other fruit furniture-other grass gravel ground-other hill house leaves
-light mat metal mirror-stuff moss mountain mud napkin net paper pavement pillow plant-other plastic platform playingfield
-railing railroad river road rock roof rug salad sand sea shelf sky-other skyscraper snow solid-other stairs stone straw
-structural-other table tent textile-other towel tree vegetable wall-brick wall-concrete wall-other wall-panel wall-stone
-wall-tile wall-wood water-other waterdrops window-blind window-other wood""".split()
+COCO_STUFF_NAMES = """banner blanket branch bridge building-other bush cabinet cage cardboard carpet
+ceiling-other ceiling-tile cloth clothes clouds counter cupboard curtain desk-stuff dirt
+door-stuff fence floor-marble floor-other floor-stone floor-tile floor-wood flower fog
+food-other fruit furniture-other grass gravel ground-other hill house leaves light mat
+metal mirror-stuff moss mountain mud napkin net paper pavement pillow plant-other
+plastic platform playingfield railing railroad river road rock roof rug salad sand sea
+shelf sky-other skyscraper snow solid-other stairs stone straw structural-other table
+tent textile-other towel tree vegetable wall-brick wall-concrete wall-other wall-panel
+wall-stone wall-tile wall-wood water-other waterdrops window-blind window-other wood""".split()
 COCO_STUFF = {
     "textile": "banner blanket cloth clothes curtain mat napkin pillow rug textile-other towel",
     "plant": "branch bush flower grass leaves moss plant-other straw tree",
@@ -457,8 +463,7 @@ def test_other_numbers_than_the_archives_are_to_mend(tmp_path, capsys):
     for name, (train, val) in known.items():
         problems, _ = checked(capsys, "--data", name, "--root", tmp_path)
         assert [problem.split(". ")[0].split(" images")[0]
-                for problem in problems] == [f"train: expected {train}",
-                                                                                       f"val: expected {val}"]
+                for problem in problems] == [f"train: expected {train}", f"val: expected {val}"]
         assert "found 4" in problems[0] and "found 2" in problems[1]
     (tmp_path / "coco_stuff164k/curated/val2017").mkdir(parents=True)
     (tmp_path / "coco_stuff164k/curated/val2017/list.txt").write_text("000000000139\n")
@@ -495,7 +500,8 @@ DEFECTS = {
                                                               np.ones((40, 56))),
                                      ["annotations/training", "found none for 1 (x)"]),
     "image without label": (lambda base: (base / LABEL).unlink(),
-                            ["val: expected a label for each of 2 images, found none for 1 (ADE_val_00000020)"]),
+                            ["val: expected a label for each of 2 images, found none for 1 "
+                             "(ADE_val_00000020)"]),
     "no labels": (lambda base: shutil.rmtree(base / "annotations/validation"),
                   ["val: expected labels annotations/validation/{id}.png, found none"]),
     "nothing but ignored": (lambda base: [write_label(path, np.zeros((40, 56)))
@@ -507,7 +513,8 @@ DEFECTS = {
                            ["images/training/*.jpg, found none"]),
     "image in both splits": (lambda base: (shutil.copy(base / "images/training/ADE_train_00000001.jpg",
                                                        base / IMAGE),
-                                           (base / IMAGE).rename(base / "images/validation/ADE_train_00000001.jpg")),
+                                           (base / IMAGE).rename(
+                                               base / "images/validation/ADE_train_00000001.jpg")),
                              ["expected no image in both splits, found 1 (ADE_train_00000001)"]),
     "other classes": (lambda base: (base / "objectInfo150.txt").write_text(
         "Idx\tRatio\tTrain\tVal\tName\n1\t0\t0\t0\twall\n2\t0\t0\t0\tsky\n3\t0\t0\t0\tbuilding, edifice\n"),
@@ -560,7 +567,8 @@ def test_lists_that_are_wrong_are_to_mend(tmp_path, capsys, small):
                         (lambda: path.write_bytes(b"\xff\xd8\xff\xe0JFIF"), "train.txt names 1 images")):
         spoil()
         problems, said = checked(capsys, "--data", "context", "--root", tmp_path)
-        assert len(problems) == 1 and problems[0].startswith("train: ") and part in problems[0] and "2 labels" in said
+        assert len(problems) == 1 and problems[0].startswith("train: ") and part in problems[0] \
+            and "2 labels" in said
     path.write_bytes(b"\xef\xbb\xbf" + good.encode())           # a byte order mark is no part of the first id
     assert checked(capsys, "--data", "context", "--root", tmp_path)[0] == []
 
@@ -644,7 +652,8 @@ def test_check_as_a_command_exits_with_0_or_2(tmp_path):
                               (["--data", "photos", "--classes", "names.txt"], 0, "All is well")):
         result = subprocess.run([sys.executable, ROOT / "datasets/check.py", *flags], cwd=tmp_path,
                                 capture_output=True, text=True)
-        assert result.returncode == code and part in result.stdout + result.stderr and "Traceback" not in result.stderr
+        assert result.returncode == code and part in result.stdout + result.stderr \
+            and "Traceback" not in result.stderr
 
 
 def test_no_script_of_the_method_imports_the_check():
@@ -852,4 +861,5 @@ def test_a_broken_description_stops_every_script_at_its_start(project):
     for script in ("rectify.py", "evaluate.py", "datasets/check.py"):
         result = command(project, script)
         last = result.stderr.strip().splitlines()[-1]
-        assert result.returncode != 0 and "datasets/pets.json: expected" in last and "colour" in last, result.stderr
+        assert result.returncode != 0 and "datasets/pets.json: expected" in last \
+            and "colour" in last, result.stderr

@@ -234,9 +234,9 @@ def test_features_are_unit_vectors_that_differ_from_place_to_place(backbone):
     torch.manual_seed(0)
     features = distill.DeepLabV2(backbone, D, pretrained=False)(random(2, 3, 65, 97))
     assert torch.allclose(features.norm(dim=1), torch.ones(2, 9, 13), atol=1e-5)
-    assert (features[0] - features[1]).abs().max() > 1e-3 and (features[...,
-                                                                        1:] - features[...,
-                                                                                       :-1]).abs().max() > 1e-3
+    right, left = features[..., 1:], features[..., :-1]
+    assert (features[0] - features[1]).abs().max() > 1e-3 and (right - left).abs().max() > 1e-3
+
 
 
 @pytest.mark.parametrize("backbone, blocks", [("small", (2, 2, 2, 2)), ("resnet50", (3, 4, 6, 3)),

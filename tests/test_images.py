@@ -67,7 +67,8 @@ def test_empty_list_is_refused(tmp_path, content):
 def test_list_of_any_line_ends_order_and_repetition(tmp_path):
     """Windows' line ends, blank lines, a second column and repetitions change nothing; ids come sorted."""
     base = write_voc_tree(tmp_path) / VOC_BASE
-    (base / "ImageSets/Segmentation/train.txt").write_bytes(b"2007_000063\r\n2007_000032 1\r\n\r\n2007_000063\r\n")
+    train = base / "ImageSets/Segmentation/train.txt"
+    train.write_bytes(b"2007_000063\r\n2007_000032 1\r\n\r\n2007_000063\r\n")
     assert list(image_files.training_images("voc", str(tmp_path))) == ["2007_000032", "2007_000063"]
 
 

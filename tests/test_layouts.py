@@ -97,7 +97,8 @@ def walk(name: str, clip_file: Path, images: int, *student: str) -> dict:
 
     assert list(metrics) == ["vanilla", "maskclip", "rectify", "distill"]
     for found in metrics.values():
-        assert math.isfinite(found["miou"]) and 0 <= found["miou"] <= 100 and found["fingerprint"]["images"] == images
+        assert math.isfinite(found["miou"]) and 0 <= found["miou"] <= 100 \
+            and found["fingerprint"]["images"] == images
         assert list(found["per_class_iou"]) == DATASETS[name].names
     assert [found["fingerprint"]["short_side"]
             for found in metrics.values()] == [SHORT_SIDE[name]] * 3 + [short_side]

@@ -237,8 +237,7 @@ def test_a_name_that_stands_twice_is_refused_in_any_letter_case(synonyms, more):
                  st.lists(st.sampled_from(["cat", "Cat", "dog", ",", "#", "\n", "\r", " ", "\x00", "\ufeff",
                                            "\u2028"]),
                           max_size=12).map(lambda parts: "".join(parts).encode())))
-def test_any_file_gives_two_or_more_classes_or_an_error_that_says_what_was_expected_and_found(folder,
-                                                                                              content):
+def test_any_file_gives_two_or_more_classes_or_an_error_that_says_what_was_found(folder, content):
     path = folder / "any.txt"
     path.write_bytes(content)
     try:
@@ -490,7 +489,8 @@ def bits(content):
     """Something that is equal where the contents are the same bits, NaN and −0 included, and the same
     types."""
     if isinstance(content, torch.Tensor):
-        return str(content.dtype), tuple(content.shape), content.contiguous().flatten().view(torch.uint8).tolist()
+        bits = content.contiguous().flatten().view(torch.uint8).tolist()
+        return str(content.dtype), tuple(content.shape), bits
     if isinstance(content, dict):
         return "dict", [(key, bits(value)) for key, value in content.items()]
     if isinstance(content, list):

@@ -329,7 +329,8 @@ def test_labels_among_the_photos_are_left_out_and_told(photos, capsys):
     write_label(Path("photos/labels/z.png"), np.zeros((40, 56)))
     capsys.readouterr()
     run(rectify, *photos)
-    assert "photos: 5 photographs. Left out: 1 masks, as their names say (labels/z.png)." in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "photos: 5 photographs. Left out: 1 masks, as their names say (labels/z.png)." in said
     assert same_weights(weights_of("rectify", name="photos"), weights_of("rectify", "without", "photos"))
 
 

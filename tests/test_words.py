@@ -95,7 +95,8 @@ def test_voc_has_its_20_classes_in_order_and_its_official_colours():
     """Class i has the colour that VOC's rule gives to the label value i + 1."""
     found = words.vocabulary("voc")
     assert len(found) == len(set(found.names)) == 20
-    assert found.names[0] == "airplane" and found.names[10] == "dining table" and found.names[19] == "tv monitor"
+    assert found.names[0] == "airplane" and found.names[10] == "dining table" \
+        and found.names[19] == "tv monitor"
     assert list(found.palette) == [voc_colour(value) for value in range(1, 21)]
 
 
