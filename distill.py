@@ -58,8 +58,7 @@ from toyland import networks
 
 @dataclass(frozen=True)
 class Recipe:
-    """Every number of stage 2. The defaults are those of VOC, with their sources; RECIPES says what
-    differs."""
+    """Every number of stage 2: those of VOC, with their sources. RECIPES says what differs."""
     backbone: Literal["small", "resnet50", "resnet101"] = "resnet50"    # [code] ImageNet initialisation
     feature_weight: float = 0.5             # [paper] α
     text_weight: float = 0.5                # [paper] β
@@ -208,8 +207,7 @@ def feature_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
 def text_loss(student_features: Tensor, student_masks: Tensor, query: Tensor, hypothesis: Tensor,
               scale: float,
               loss: Callable = contrastive_loss) -> Tensor:
-    """L_text: the contrastive loss of stage 1 (Eq. 7) on the student's own features and masks. Sec. III-E, no
-    number."""
+    """L_text: the loss of Eq. 7 on the student's own features and masks. Sec. III-E, without a number."""
     return loss(student_features, student_masks, query, hypothesis, scale)
 
 
@@ -231,33 +229,30 @@ def resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
 @torch.no_grad()
 def teach(rectifier: Rectifier, clip_model: clip.CLIP, images: Tensor, query: Tensor, reference: Tensor,
           dense_path: str) -> tuple[Tensor, Tensor]:
-    """The teacher's view of the student's very pixels: `(Z (B, D, h', w'), M_o (B, C, h', w'))` of stage
-    1."""
+    """The teacher's view of the student's pixels: `(Z (B, D, h', w'), M_o (B, C, h', w'))` of stage 1."""
     features = rectifier.encode(clip_model, images, dense_path)
     bias = rectifier.bias(clip_model.visual.patch_positions(*features.shape[-2:]), reference)
     return features, rectifier(features, query, bias)
 
 
 def train_step(student: Student, teacher_features: Tensor, teacher_logits: Tensor, images: Tensor,
-               votes: Tensor,
-               teacher_recipe: rectify.Recipe, recipe: Recipe, noise: torch.Generator,
+               votes: Tensor, teacher_recipe: rectify.Recipe, recipe: Recipe, noise: torch.Generator,
                loss: Callable = contrastive_loss) -> dict[str, Tensor]:
-    """The losses of one batch, images (B, 3, H, W) and votes f (B, C): "loss" is the total. Sec. III-E in
-    order."""
-    features = student.network(images)                                              # Ẑ (B, D, h, w)
-    logits = student.head(features)                                                 # M^D (B, C, h, w)
+    """The losses of one batch, images (B, 3, H, W), votes f (B, C): "loss" is the total. Sec. III-E."""
+    features = student.network(images)                                          # Ẑ (B, D, h, w)
+    logits = student.head(features)                                             # M^D (B, C, h, w)
     uniform = torch.rand(logits.shape, generator=noise, device=logits.device)
-    masks = rectified_masks(logits, teacher_recipe.mask_scale, uniform)             # (B, C, h, w)       Eq. 5
-    hypothesis = multi_label_hypothesis(votes, teacher_recipe.vote_threshold)       # H (B, C)           Eq. 6
+    masks = rectified_masks(logits, teacher_recipe.mask_scale, uniform)         # (B, C, h, w)   Eq. 5
+    hypothesis = multi_label_hypothesis(votes, teacher_recipe.vote_threshold)   # H (B, C)       Eq. 6
     size = images.shape[-2:] if recipe.losses_at == "image" else logits.shape[-2:]
-    pseudo_label = resized(teacher_logits, size).argmax(dim=1)                      # (B, *size)
+    pseudo_label = resized(teacher_logits, size).argmax(dim=1)                  # (B, *size)
+    query, scale = student.head.query, teacher_recipe.loss_scale
 
-    mask = mask_loss(resized(logits, size), pseudo_label)                           # L_mask             Eq. 8
-    feature = feature_loss(resized(features, size), teacher_features)               # L_feat             Eq. 9
-    # L_text
-    text = text_loss(features, masks, student.head.query, hypothesis, teacher_recipe.loss_scale, loss)
-    #                Eq. 10
-    total = total_loss(mask, feature, text, recipe.feature_weight, recipe.text_weight)
+    mask = mask_loss(resized(logits, size), pseudo_label)                       # L_mask         Eq. 8
+    feature = feature_loss(resized(features, size), teacher_features)           # L_feat         Eq. 9
+    text = text_loss(features, masks, query, hypothesis, scale, loss)           # L_text         no number
+    alpha, beta = recipe.feature_weight, recipe.text_weight
+    total = total_loss(mask, feature, text, alpha, beta)                        # L_distill      Eq. 10
     return {"loss": total, "mask": mask, "feature": feature, "text": text}
 
 
@@ -272,8 +267,7 @@ def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
 
 @dataclass(frozen=True)
 class System(rectify.System):
-    """The parts of both stages that can be exchanged. These are ReCLIP++'s; paper/systems.py hands in
-    others."""
+    """The exchangeable parts of both stages. These are ReCLIP++'s; paper/systems.py hands in others."""
     command: str = "python distill.py"
     head: type[Inherited] = Inherited                   # what makes logits of the student's features
     teacher: rectify.System | None = None               # whose rectification it learns from; None: its own
@@ -295,8 +289,7 @@ SETTINGS = runs.SETTINGS | {"teacher": int, "teacher_recipe": dict}        # wha
 
 
 def load_student(setup: data.Setup, query: Tensor, system: System) -> tuple[Recipe, Student]:
-    """The trained student and its recipe, in eval mode. It holds all it needs: CLIP's image tower is not
-    run."""
+    """The trained student and its recipe, in eval mode. It does not need CLIP's image tower."""
     checkpoint = runs.load(setup.folder("distill") / "checkpoint.pt", "distill", SETTINGS)
     setup.refuse_misfit(checkpoint)
     runs.refuse_other_system(checkpoint, system.name)
@@ -314,8 +307,7 @@ def teacher_number(checkpoint: dict) -> int:
 
 
 def rectification(args: argparse.Namespace, system: rectify.System) -> dict:
-    """The stage-1 checkpoint to continue from: of `--data`, else the newest. Where there is none, stage 1
-    runs first."""
+    """The stage-1 checkpoint to continue from: of `--data`, else the newest; made first if there is none."""
     found = runs.find(args.out, args.data, "rectify")
     if found is not None:
         return found
@@ -329,8 +321,7 @@ def rectification(args: argparse.Namespace, system: rectify.System) -> dict:
 
 
 def main(args: argparse.Namespace, system: System = System()) -> data.Setup:
-    """Distil the newest rectification; what it made lies in `folder("distill")` of the setup that is
-    returned."""
+    """Distil the newest rectification; the result lies in `folder("distill")` of the returned setup."""
     of_stage_1 = rectification(args, system.teacher or system)
     setup = data.open_setup(args, of_stage_1)
     query = rectify.query_of(setup)

@@ -137,8 +137,7 @@ def stage_1_recipe(setup: data.Setup) -> rectify.Recipe:
 
 
 def rectified(setup: data.Setup, query: Tensor, system: distill.System) -> Predictor:
-    """Stage 1's logits of features. The bias map depends on the grid alone: it is made once for every image
-    size."""
+    """Stage 1's logits of features. The bias map is made once for every image size."""
     checkpoint = runs.load(setup.folder("rectify") / "checkpoint.pt", "rectify")
     part = system.teacher or system
     recipe, rectifier = rectify.load_rectifier(setup, checkpoint, part)
@@ -161,8 +160,7 @@ def rectified(setup: data.Setup, query: Tensor, system: distill.System) -> Predi
 
 
 def logits_of_all(setup: data.Setup, found: dict[str, Predictor], image: Tensor) -> dict[str, Tensor]:
-    """Each stage's logits (1, C, h, w) of one image (1, 3, H, W). CLIP's image tower runs once for all of
-    them."""
+    """Each stage's logits (1, C, h, w) of one image (1, 3, H, W). CLIP's image tower runs once for all."""
     paths = {predictor.path for predictor in found.values()} - {None}
     seen = setup.clip_model.encode_dense_paths(image, paths) if paths else {}
     return {stage: predictor.logits(seen.get(predictor.path, image)).float()
@@ -341,8 +339,7 @@ def fingerprint(setup: data.Setup, stage: str, predictor: Predictor, images: int
 
 
 def after_training(setup: data.Setup, stage: str, system: distill.System = ReCLIPpp) -> None:
-    """What a training script ends with: metrics.json and preview.png of its own stage; numbers if there are
-    labels."""
+    """What a training script ends with: metrics.json (if there are labels) and preview.png of its stage."""
     query, folder = rectify.query_of(setup), setup.folder(stage)
     stages = ["maskclip", "rectify"] if stage == "rectify" else ["rectify", "distill"]
     found = predictors(setup, query, stages, system)
@@ -480,8 +477,7 @@ def refuse_labels_of(setup: data.Setup, labels: str | None) -> None:
 
 
 def main(args: argparse.Namespace, system: distill.System = ReCLIPpp) -> dict:
-    """Measure all stages of the newest run (or of `--data`), write metrics.json and preview.png, return the
-    metrics."""
+    """Measure all stages of the newest run (or of `--data`), write and return the metrics."""
     setup = data.open_setup(args, runs.find(args.out, args.data, "rectify", "distill"))
     refuse_labels_of(setup, args.labels)
     folder, query = setup.folder("evaluate"), rectify.query_of(setup)

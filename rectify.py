@@ -55,8 +55,7 @@ from harness import machine, runs
 
 @dataclass(frozen=True)
 class Recipe:
-    """Every number of stage 1. The defaults are those of VOC, with their sources; RECIPES says what
-    differs."""
+    """Every number of stage 1: those of VOC, with their sources. RECIPES says what differs."""
     dense_path: Literal["value", "residual", "vanilla"] = "residual"     # [code] see CLIP.encode_dense
     prompt_length: int = 73                 # [paper] 77 = start + 73 + two name tokens + end
     window_ratio: float = 1 / 6             # [paper] r of Eq. 6
@@ -163,14 +162,12 @@ def bias_logits(positions: Tensor, projection: nn.Conv2d, reference: Tensor) -> 
 
 
 def subtract_bias(query: Tensor, bias: Tensor) -> Tensor:
-    """M = M_q − M_b: what is left without the bias. Eq. 3, Sec. III-C. (B, C, h, w), (C, h, w) → (B, C, h,
-    w)."""
+    """M = M_q − M_b: what is left without the bias. Eq. 3. (B, C, h, w), (C, h, w) → (B, C, h, w)."""
     return query - bias
 
 
 class Decoder(nn.Module):
-    """M_o = BN(conv5×5(Z ‖ M)): smooths logits over a neighbourhood, with the features as a guide. Eq. 4,
-    Sec. III-C."""
+    """M_o = BN(conv5×5(Z ‖ M)): smooths logits over a neighbourhood, guided by the features. Eq. 4."""
 
     def __init__(self, dim: int, classes: int):
         super().__init__()
@@ -299,8 +296,7 @@ def contrastive_loss(features: Tensor, masks: Tensor, query: Tensor, hypothesis:
 
 
 class Rectifier(nn.Module):
-    """All that stage 1 trains: the Reference prompt, the projection of positions, the decoder. Nothing
-    else."""
+    """All that stage 1 trains: the Reference prompt, the projection of positions, the decoder."""
 
     frozen_clip = True                          # its features are those of the one CLIP that all stages share
 
@@ -319,8 +315,7 @@ class Rectifier(nn.Module):
         return clip_model.encode_dense(images, path=path)
 
     def bias(self, positions: Tensor, reference: Tensor) -> Tensor:
-        """M_b: positions (E, h, w), reference (C, D) → (C, h, w). Eq. 2; the same for every image of one
-        grid."""
+        """M_b: positions (E, h, w), reference (C, D) → (C, h, w), whatever the image. Eq. 2."""
         return bias_logits(positions, self.projection, reference)
 
     def subtract(self, features: Tensor, query: Tensor, bias: Tensor) -> Tensor:
@@ -335,8 +330,7 @@ class Rectifier(nn.Module):
 def train_step(rectifier: Rectifier, clip_model: clip.CLIP, features: Tensor, votes: Tensor, query: Tensor,
                class_names: list[str], recipe: Recipe, noise: torch.Generator,
                loss: Callable = contrastive_loss) -> Tensor:
-    """The loss of one batch: features Z (B, D, h, w), votes f (B, C), query W_q (C, D). Sec. III-B to III-D
-    in order."""
+    """The loss of one batch: features Z (B, D, h, w), votes f (B, C), query W_q (C, D). Sec. III-B to III-D."""
     positions = clip_model.visual.patch_positions(*features.shape[-2:]).detach()                # PE (E, h, w)
     uniform = torch.rand(len(features), len(query), *features.shape[-2:], generator=noise,
                          device=features.device)
@@ -351,8 +345,7 @@ def train_step(rectifier: Rectifier, clip_model: clip.CLIP, features: Tensor, vo
 
 
 def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
-    """The poly schedule, rate · (1 − step / horizon)^0.9. Training may stop before the horizon, as the code's
-    does."""
+    """The poly schedule, rate · (1 − step / horizon)^0.9. Training may stop before the horizon [code]."""
     horizon = max(recipe.horizon, recipe.epochs) * steps_per_epoch
     return recipe.learning_rate * (1 - step / horizon) ** recipe.poly_power
 
@@ -373,8 +366,7 @@ class System:
 
 
 def recipe_of(setup: data.Setup, system: System) -> Recipe:
-    """The recipe of a run. The end token of the longest class name is never lost: the learned context gives
-    way."""
+    """The recipe of a run. A long class name shortens the learned context: no end token is lost."""
     recipe = data.recipe_for(setup, RECIPES, system.numbers)
     room = setup.clip_model.prompt_room(setup.vocabulary.names)
     return replace(recipe, prompt_length=min(room, recipe.prompt_length))

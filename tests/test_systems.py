@@ -107,7 +107,17 @@ def test_part_that_does_not_exist_raises():
         systems.student("x", numbers={"any": {}})
 
 
-def test_number_that_does_not_exist_raises(setup):
+def test_student_of_another_system_replaces_nothing_of_stage_1():
+    """Its teacher's parts and numbers are looked up there, and its own would be by nobody."""
+    usual = distill.System()
+    for name in STUDENTS:
+        system = SYSTEMS[name]
+        assert system.teacher == rectify.System()
+        for part in ("rectifier", "votes", "loss", "numbers"):
+            assert getattr(system, part) == getattr(usual, part), (name, part)
+
+
+def test_number_that_does_not_exist_raises():
     """In either stage."""
     of_voc = of_dataset("voc")
     for recipes in (rectify.RECIPES, distill.RECIPES):
@@ -426,11 +436,14 @@ def test_whole_image_hypotheses_look_once_at_each_whole_image(setup, tmp_path, m
     assert torch.equal(found, systems.above_or_best(expected, *systems.WHOLE_IMAGE["folder"]))
     assert len(list(setup.cache.glob("votes-*.pt"))) == 1
 
-    @systems.named_after({"folder": (0.0, 1)})
-    def rule(setup, query, recipe):
-        return systems.equal_votes(HYPOTHESIS[[0, 0, 0]])
-    other = rectify.votes_of(setup, QUERY, recipe, replace(SYSTEMS["whole-image"], votes=rule))
-    assert torch.equal(other[0], VOTES[0]) and len(list(setup.cache.glob("votes-*.pt"))) == 2
+    def counted_as(numbers):
+        @systems.named_after(numbers)
+        def rule(setup, query, recipe):
+            return systems.equal_votes(HYPOTHESIS[[0, 0, 0]])
+        return rectify.votes_of(setup, QUERY, recipe, replace(SYSTEMS["whole-image"], votes=rule))
+    for count in (1, 2):
+        assert torch.equal(counted_as({"folder": (0.0, count)})[0], VOTES[0])
+    assert len(list(setup.cache.glob("votes-*.pt"))) == 3
 
 
 # ---------------------------------------------------------------------------- stage 1: the forms of Eq. 7
