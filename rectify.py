@@ -330,7 +330,7 @@ class Rectifier(nn.Module):
 def train_step(rectifier: Rectifier, clip_model: clip.CLIP, features: Tensor, votes: Tensor, query: Tensor,
                class_names: list[str], recipe: Recipe, noise: torch.Generator,
                loss: Callable = contrastive_loss) -> Tensor:
-    """The loss of one batch: features Z (B, D, h, w), votes f (B, C), query W_q (C, D). Sec. III-B to III-D."""
+    """The loss of one batch: features Z (B, D, h, w), votes f (B, C), query W_q (C, D). Sec. III-B to D."""
     positions = clip_model.visual.patch_positions(*features.shape[-2:]).detach()                # PE (E, h, w)
     uniform = torch.rand(len(features), len(query), *features.shape[-2:], generator=noise,
                          device=features.device)

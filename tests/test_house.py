@@ -51,7 +51,8 @@ class Arrow:
 
 def python_files(root: Path, leave_out=()) -> list[Path]:
     """All sources of the house; what an editor, an environment or a run has put beside them is none of it."""
-    top = [path for path in root.iterdir() if path.suffix == ".py" or path.is_dir() and any(path.glob("*.py"))]
+    top = [path for path in root.iterdir()
+           if path.suffix == ".py" or path.is_dir() and any(path.glob("*.py"))]
     return sorted(file for path in top if path.name not in ("tests", *leave_out)
                   for file in (path.rglob("*.py") if path.is_dir() else [path]))
 
@@ -81,8 +82,8 @@ def file_of(root: Path, module: str) -> str | None:
 
 
 def arrows_of(root: Path, file: Path) -> list[Arrow]:
-    """Every import in a file, wherever it stands. `from a import b` of a module b is an arrow to b alone: that
-    a package is run before its modules is Python's doing."""
+    """Every import in a file, wherever it stands. `from a import b` of a module b is an arrow to b alone.
+    (That a package is run before its modules is Python's doing.)"""
     source, tree = file.relative_to(root).as_posix(), ast.parse(file.read_text(encoding="utf-8"))
     if source in MEASURED_AFTERWARDS:
         tree.body = without_measuring(tree.body)
@@ -98,8 +99,8 @@ def arrows_of(root: Path, file: Path) -> list[Arrow]:
 
 
 def without_measuring(body: list[ast.stmt]) -> list[ast.stmt]:
-    """A module without `import evaluate` in its last statement, if that is run as a script alone. No other file
-    and no other place is excused."""
+    """A module without `import evaluate` in its last statement, which is run as a script alone. No other
+    file and no other place is excused."""
     last = body[-1]
     if isinstance(last, ast.If) and ast.unparse(last.test) == "__name__ == '__main__'":
         class Excused(ast.NodeTransformer):
