@@ -489,8 +489,8 @@ def bits(content):
     """Something that is equal where the contents are the same bits, NaN and −0 included, and the same
     types."""
     if isinstance(content, torch.Tensor):
-        bits = content.contiguous().flatten().view(torch.uint8).tolist()
-        return str(content.dtype), tuple(content.shape), bits
+        raw = content.contiguous().flatten().view(torch.uint8).tolist()
+        return str(content.dtype), tuple(content.shape), raw
     if isinstance(content, dict):
         return "dict", [(key, bits(value)) for key, value in content.items()]
     if isinstance(content, list):

@@ -1,4 +1,4 @@
-"""The paper's numbers, written down a second time from the paper's tables: no cell of paper/reported.py differs.
+"""The paper's numbers, written down a second time from the tables: no cell of paper/reported.py differs.
 
     python -m pytest tests/test_reported.py
 
@@ -87,7 +87,8 @@ def test_no_cell_differs():
 
 
 @pytest.mark.parametrize("row, stage", [
-    ("MaskCLIP", "maskclip"), ("MaskCLIP+", "distill"), ("ReCLIP rectified", "rectify"), ("ReCLIP++ rectified", "rectify")])
+    ("MaskCLIP", "maskclip"), ("MaskCLIP+", "distill"), ("ReCLIP rectified", "rectify"),
+    ("ReCLIP++ rectified", "rectify")])
 @pytest.mark.parametrize("kind", ["class", "space"])
 def test_table_7_compares_the_stages_that_the_paper_compares(row, stage, kind):
     """ReCLIP's and ReCLIP++'s are those of the rectification, (rec.); MaskCLIP+ is a student."""
