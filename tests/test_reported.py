@@ -2,7 +2,8 @@
 
     python -m pytest tests/test_reported.py
 
-Each line: a key of TABLES, the row's title there, and its numbers in the order of the columns; – is an empty cell.
+Each line: a key of TABLES, the row's title there, its numbers in the order of the columns; – is an empty
+cell.
 """
 
 import pytest
