@@ -23,6 +23,7 @@ import contextlib
 import functools
 import math
 import signal
+import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -364,9 +365,9 @@ def recipe_for(setup: Setup, recipes: dict, numbers: dict[str, dict]):
     say."""
     name = setup.data
     if not is_folder(name) and name not in recipes:
-        stage = type(recipes["folder"]).__module__
-        raise ValueError(f"--data {name}: expected a recipe for it in {stage}.py, found "
-                         f"{', '.join(recipes)}. Add a line to RECIPES there.")
+        stage = sys.modules[type(recipes["folder"]).__module__]       # "__main__" where it runs as a script
+        raise ValueError(f"--data {name}: expected a recipe for it in {Path(stage.__file__).name}, "
+                         f"found {', '.join(recipes)}. Add a line to RECIPES there.")
     own = {**numbers.get("any", {}), **numbers.get(name, {})}
     recipe = replace(recipes.get(name, recipes["folder"]), **own)
     return with_flags(recipe, setup.args, most=len(setup.training_images))

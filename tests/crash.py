@@ -113,6 +113,22 @@ def files_of(name: str, out: Path) -> list[str]:
                   if path.is_file() and (name != "distill" or not path.is_relative_to(cache)))
 
 
+def left_running(place: Path, seconds: int = 15) -> list[str]:
+    """Processes that a killed training has left in its folder, after they had some time to notice (Linux alone)."""
+    for _ in range(seconds):
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                if int(process.name) != os.getpid() and os.readlink(process / "cwd") == str(place):
+                    found.append(f"{process.name} {(process / 'comm').read_text().strip()}")
+            except OSError:                     # it has ended meanwhile, or is somebody else's
+                continue
+        if not found:
+            break
+        time.sleep(1)
+    return found
+
+
 def same(found: dict, expected: dict) -> bool:
     return found.keys() == expected.keys() and all(tensor.equal(found[key])
                                                    for key, tensor in expected.items())
@@ -167,6 +183,8 @@ def crash(kills: int, writes: int, seed: int) -> dict:
                 counts["resumed to other bits"] += 1
                 print(f"{name}, case {case}: {end}, left over {leftovers}; see {log}", file=sys.stderr)
         found[name] = counts
+    if left := left_running(place):
+        raise SystemExit(f"killed trainings have left processes: {left}")
     if not any(counts["resumed to other bits"] for counts in found.values()):
         shutil.rmtree(place)
     return found

@@ -1091,15 +1091,16 @@ BAD_FILES = {"empty": lambda path: path.write_bytes(b""),
              **{f"cut at {round(100 * share)} %": truncated(share) for share in (0.01, 0.3, 0.6, 0.99)},
              "without its last byte": lambda path: path.write_bytes(path.read_bytes()[:-1]),
              "one wrong bit": flipped, "code": code, "a folder": folder_for}
+OF_SETTINGS = {
+    **{f"no {name}": remove("settings", name) for name in runs.SETTINGS},
+    **{f"{name} that is none": put([1, 2] if kind is dict else "text" if kind is int else 7, "settings", name)
+       for name, kind in runs.SETTINGS.items()}}
 BAD_CHECKPOINTS = {
     **BAD_FILES, "a list": changed(lambda content: [1, 2]), "an empty dict": changed(lambda content: {}),
     "a tensor": changed(lambda content: torch.ones(3)), "another stage's": put("toyland", "stage"),
     "no stage": remove("stage"), "no weights": remove("weights"), "no settings": remove("settings"),
     "settings that are none": put("text", "settings"),
-    **{f"no {name}": remove("settings", name) for name in runs.SETTINGS},
-    **{f"{name} that is none": put([1, 2] if kind is dict else "text" if kind is int else 7, "settings", name)
-       for name, kind in runs.SETTINGS.items()},
-    "a system without a name": put({}, "settings", "system"),
+    **OF_SETTINGS, "a system without a name": put({}, "settings", "system"),
     "an unknown system": put({"name": "recap", "command": "python recap.py"}, "settings", "system"),
     "weights that are none": put([1, 2], "weights"),
     "a weight that is none": first_weight(lambda tensor: "text"), "a weight less": changed(first_weight_gone),
@@ -1164,7 +1165,8 @@ BAD_RESUMES = {
     "a log that is none": put(7, "log")}
 
 
-@pytest.mark.parametrize("script, spoil", cases(BAD_RESUMES, "rectify", "distill", slow=["distill"]))
+@pytest.mark.parametrize("script, spoil", cases(BAD_RESUMES, "rectify", "distill",
+                                                slow=["distill", *OF_SETTINGS]))
 def test_bad_resume_is_named(place, capsys, script, spoil):
     """--resume goes on from what is whole and fits, or not at all: an earlier checkpoint stays."""
     path = Path("unfinished/photos", script.__name__, "unfinished/state.pt")

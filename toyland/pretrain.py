@@ -39,8 +39,10 @@ def flags() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     FLAGS = flags().parse_args()            # before torch is imported: --help answers at once
 
+import functools
 import hashlib
 import os
+import threading
 import time
 
 import numpy as np
@@ -68,13 +70,24 @@ def pretraining_pictures(seed: int, count: int) -> tuple[np.ndarray, list[str]]:
     """`count` captioned pictures, (count, 64, 64, 3) uint8, and what their captions name."""
     chunks = [(seed, chunk, min(500, count - chunk)) for chunk in range(0, count, 500)]
     pictures, captions = np.empty((count, PICTURE, PICTURE, 3), np.uint8), []
-    # torch's loader: its processes end when this one is killed. Those of Python's pools would wait forever.
     loader = torch.utils.data.DataLoader(chunks, batch_size=None, collate_fn=draw_chunk,
-                                         num_workers=os.cpu_count() or 1)
+                                         num_workers=os.cpu_count() or 1,
+                                         worker_init_fn=functools.partial(end_with, os.getpid()))
     for images, texts in tqdm(loader, desc="drawing", unit="×500"):
         pictures[len(captions):len(captions) + len(texts)] = images
         captions.extend(texts)
     return pictures, captions
+
+
+def end_with(parent: int, _worker: int) -> None:
+    """End this process when `parent` was killed. torch's own watch would not: a worker that has drawn more than
+    a pipe holds waits for a reader forever."""
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def draw_chunk(chunk: tuple[int, int, int]) -> tuple[np.ndarray, list[str]]:
