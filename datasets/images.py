@@ -112,6 +112,8 @@ def images_in(folder: Path) -> dict[str, Path]:
         twins = cameras.get(same_name(path.stem), {path.parent})
         if kind == "image" and path.suffix.lower() not in LOSSY and path.parent not in twins:
             kinds[path] = "mask"
+    for path in index_pictures(folder, [path for path, kind in kinds.items() if kind == "image"]):
+        kinds[path] = "mask"
     photos = [path for path, kind in kinds.items() if kind == "image"]
     said = left_out(kinds)
     if not photos:
@@ -131,12 +133,36 @@ def images_in(folder: Path) -> dict[str, Path]:
     return found
 
 
+def index_pictures(folder: Path, paths: list[Path]) -> list[Path]:
+    """Of pictures of one name in several folders, those that hold numbers where another holds colours:
+    out/1.png is a mask of in/1.png. Here names do not tell, and headers are read, no pixel."""
+    by_name: dict[str, list[Path]] = {}
+    for path in paths:
+        if path.suffix.lower() not in LOSSY:
+            by_name.setdefault(same_name(path.stem), []).append(path)
+    found = []
+    for same in by_name.values():
+        modes = {path: mode_of(folder / path) for path in same} if len(same) > 1 else {}
+        if any(mode in ("RGB", "RGBA") for mode in modes.values()):
+            found += [path for path, mode in modes.items() if mode in ("P", "L", "1", "I", "I;16")]
+    return found
+
+
+def mode_of(path: Path) -> str | None:
+    """Pillow's mode of an image file by its header; None for a file that cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return image.mode
+    except Exception:                                   # whoever needs its pixels will say what is wrong
+        return None
+
+
 def left_out(kinds: dict[Path, str]) -> str:
     """What a listing passed over, in a sentence; "" if nothing."""
     masks = [str(path) for path, kind in kinds.items() if kind == "mask"]
     counts = Counter(kind for kind in kinds.values() if kind not in ("image", "mask"))
     more = ", …" if len(masks) > 2 else ""
-    parts = [f"{len(masks)} masks, as their names say ({', '.join(masks[:2])}{more})"] if masks else []
+    parts = [f"{len(masks)} masks ({', '.join(masks[:2])}{more})"] if masks else []
     parts += [f"{count} {kind}{' (convert to JPEG)' if kind in ('.heic', '.heif') else ''}"
               for kind, count in sorted(counts.items())]
     return f"Left out: {', '.join(parts)}." if parts else ""

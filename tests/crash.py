@@ -114,7 +114,7 @@ def files_of(name: str, out: Path) -> list[str]:
 
 
 def left_running(place: Path, seconds: int = 15) -> list[str]:
-    """Processes that a killed training has left in its folder, after they had some time to notice (Linux alone)."""
+    """Processes that a killed training has left in its folder, after some time to notice it (Linux alone)."""
     for _ in range(seconds):
         found = []
         for process in Path("/proc").glob("[0-9]*"):

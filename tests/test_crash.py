@@ -15,8 +15,8 @@ from conftest import ROOT
 @pytest.mark.slow
 def test_every_training_that_is_killed_resumes_to_the_same_bits(tmp_path):
     """At least 50 kills at random moments over the three trainings, one before every fifth write to the run
-    folder. Then there is what an unkilled run leaves, file for file: no *.part, no `unfinished`, no lock. And no
-    process."""
+    folder. Then there is what an unkilled run leaves, file for file: no *.part, no `unfinished`, no lock, and
+    no process."""
     result = subprocess.run([sys.executable, ROOT / "tests/crash.py"], cwd=tmp_path, capture_output=True,
                             text=True)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -122,6 +122,15 @@ def test_mask_among_the_photographs_is_left_out_and_told(folder, capsys, place, 
     assert "Left out: 1 masks" in capsys.readouterr().out
 
 
+def test_index_pictures_of_other_pngs_are_left_out(folder, capsys):
+    """No name betrays them: out/1.png holds numbers where in/1.png holds colours. Frames of two films stay."""
+    write_photos(folder / "photos", "in/1.png", "in/2.png", "again/1.png")
+    for name in "12":
+        write_label(Path(f"photos/out/{name}.png"), np.zeros((40, 56)))
+    assert list(images.training_images("photos", "data")) == ["again/1", "in/1", "in/2"]
+    assert "Left out: 2 masks (out/1.png, out/2.png)" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("ending", sorted(images.image_suffixes()))
 def test_every_format_that_pillow_reads_is_listed(folder, ending):
     """Lower case and upper case alike."""

@@ -330,7 +330,7 @@ def test_labels_among_the_photos_are_left_out_and_told(photos, capsys):
     capsys.readouterr()
     run(rectify, *photos)
     said = capsys.readouterr().out
-    assert "photos: 5 photographs. Left out: 1 masks, as their names say (labels/z.png)." in said
+    assert "photos: 5 photographs. Left out: 1 masks (labels/z.png)." in said
     assert same_weights(weights_of("rectify", name="photos"), weights_of("rectify", "without", "photos"))
 
 
