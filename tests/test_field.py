@@ -123,7 +123,7 @@ def test_mask_among_the_photographs_is_left_out_and_told(folder, capsys, place, 
 
 
 def test_index_pictures_of_other_pngs_are_left_out(folder, capsys):
-    """No name betrays them: out/1.png holds numbers where in/1.png holds colours. Frames of two films stay."""
+    """No name betrays them: out/1.png holds numbers, in/1.png colours. Frames of two films stay."""
     write_photos(folder / "photos", "in/1.png", "in/2.png", "again/1.png")
     for name in "12":
         write_label(Path(f"photos/out/{name}.png"), np.zeros((40, 56)))

@@ -80,8 +80,8 @@ def pretraining_pictures(seed: int, count: int) -> tuple[np.ndarray, list[str]]:
 
 
 def end_with(parent: int, _worker: int) -> None:
-    """End this process when `parent` was killed. torch's own watch would not: a worker that has drawn more than
-    a pipe holds waits for a reader forever."""
+    """End this process when `parent` was killed. torch's own watch would not: a worker that has drawn more
+    than a pipe holds waits for a reader forever."""
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(1)
