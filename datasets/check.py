@@ -133,7 +133,9 @@ def labels_without_images(name: str, root: str, images: dict, labels_folder: str
     for pattern, labels, known in pairs:
         # A conversion that lies beside its source (<id>_labelTrainIds.png) belongs to an image too, and is
         # passed over.
-        alone = [label for label in labels if label not in known and label.rpartition("_")[0] not in known]
+        there = set(map(images_of.same_name, known))
+        alone = [label for label in labels if not {images_of.same_name(label), images_of.same_name(
+            label.rpartition("_")[0])} & there]
         if alone:
             problems.append(f"{pattern}: expected an image for each label, found none for {len(alone)} "
                             f"({some(alone)}). Unpack the images again, or remove these labels.")

@@ -2,7 +2,7 @@
 path.
 
 Every listing goes through `files_below` and every name through `kind_of`, so that no mask can be taken for a
-photograph. Both look at names alone: nothing that may be a label is opened.
+photograph. Both look at names alone. Where names leave it open, `index_pictures` reads headers, no pixel.
 """
 
 from __future__ import annotations
@@ -27,21 +27,26 @@ CURATED_LIST = "Coco164kFull_Stuff_Coarse_7.txt"
 
 # ---------------------------------------------------------------------------- what a name says
 
-# Formats that Pillow opens and that hold a photograph; not icons, stubs, drawings and films.
+# Formats that Pillow opens and that hold no photograph: icons, stubs, drawings, films.
 NO_PHOTOS = {"BUFR", "CUR", "DCX", "EPS", "FITS", "FLI", "GBR", "GRIB", "HDF5", "ICNS", "ICO", "IMT", "IPTC",
-             "MCIDAS",
-             "MPEG", "PCD", "PIXAR", "WMF", "XBM", "XPM", "XVTHUMB"}
-# Where exports keep masks, and how they name them (CVAT, labelme, Roboflow, VOC, ADE20K, Cityscapes,
-# COCO-Stuff).
-MASK_FOLDERS = {"segmentationclass", "segmentationobject", "segmentationclassaug", "segmentationclasscontext",
-                "segmentationclasspng", "segmentationclassvisualization", "segmentationobjectpng", "masks",
-                "mask",
-                "labels", "label", "annotations", "annotation", "gt", "gtfine", "gtcoarse", "groundtruth",
-                "ground_truth", "truth", "stuffthingmaps", "segmentations", "seg"}
-MASK_NAME = re.compile(r"([_.-](masks?|seg(mentation)?|parts_\d+|labels?|label\w*ids|gt|"
-                       r"gt(fine|coarse)_\w+|groundtruth|"
-                       r"instanceids|color_mask|instance_?mask)|^instance_\d+_.*)$", re.IGNORECASE)
+             "MCIDAS", "MPEG", "PCD", "PIXAR", "WMF", "XBM", "XPM", "XVTHUMB"}
+# What cameras write and Pillow does not read.
+CONVERT = {".heic", ".heif", ".hif", ".avif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf",
+           ".rw2"}
 LOSSY = {".jpg", ".jpeg", ".jpe", ".jfif"}              # what cameras write, and what no mask is kept in
+# How exports call masks (CVAT, labelme, Roboflow, VOC, ADE20K, Cityscapes, CamVid, COCO-Stuff): a word of a
+# folder's name, SegmentationClass and train_masks alike, or the last or first word of a file's name.
+MASK_WORD = (r"masks?|masked|seg[a-z]?|segs|segmaps?|segmasks?|segment(?:s|ed|ation[a-z]*)|annot|annots|"
+             r"annotations?|annotated|gt(?:fine|coarse)?|ground[\W_]?truths?|truths?|semantics?|instances?|"
+             r"panoptic|trimaps?|stuffthingmaps?|pixelmaps?|label[a-z]*")
+MASK_FOLDER = re.compile(rf"(?:^|[\W\d_])(?:{MASK_WORD})(?=$|[\W\d_])|(?:annot|masks|labels)$", re.IGNORECASE)
+MASK_NAME = re.compile(
+    rf"(?:^|[\W_])(?:{MASK_WORD}|parts?_?\d|gt[a-z0-9]*|instance_?[a-z]*ids|ground_?truth)"
+    r"(?:[\W_]*\d+|[\W_]+(?:colou?r(?:s|ed)?|rgb|raw|vis\w*|truth|[a-z]*ids|masks?|maps?|[a-z]))*$"
+    r"|^instance_\d+_|^(?:masks?|seg|labels?|gt)[\W_]*\d+$", re.IGNORECASE)
+# Ends that say "mask" only beside a photograph that is called so without them: 0001.jpg and 0001_L.png.
+WEAK_END = re.compile(r"[\W_](?:l|p|colou?r(?:ed)?|vis|overlay|bin|sem|inst|pseudo)$|"
+                      r"^(?:masks?|seg|labels?|gt)[\W_]+", re.IGNORECASE)
 
 
 @functools.cache
@@ -55,7 +60,8 @@ def kind_of(path: Path) -> str:
     """What a file is by its relative path: "image", "mask", or its ending (".heic", ".txt", "no ending")."""
     if path.suffix.lower() not in image_suffixes():
         return path.suffix.lower() or "no ending"
-    if any(part.lower() in MASK_FOLDERS for part in path.parts[:-1]) or MASK_NAME.search(path.stem):
+    folders = (re.sub(r"(?<=[a-z])(?=[A-Z])", "_", part) for part in path.parts[:-1])      # SegmentationClass
+    if MASK_NAME.search(path.stem) or any(MASK_FOLDER.search(part) for part in folders):
         return "mask"
     return "image"
 
@@ -67,12 +73,17 @@ def same_name(name: str) -> str:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """All files under a folder, relative to it, sorted; through linked folders too, each folder once. No
-    hidden ones."""
-    found, seen = [], set()
-    for place, folders, names in os.walk(folder, followlinks=True):
+    """All files under a folder, relative to it, sorted; through linked folders too, each folder once, and
+    never above where the walk began. No hidden ones. Raises OSError for a folder that cannot be read."""
+    def refuse(error: OSError):
+        raise error                                     # os.walk would pass over it without a word
+
+    if not folder.is_dir():
+        return []
+    found, seen, top = [], set(), os.path.realpath(folder)
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
         real = os.path.realpath(place)
-        if real in seen:                                # a link that leads back
+        if real in seen or real != top and Path(top).is_relative_to(real):      # a link that leads back
             folders.clear()
             continue
         seen.add(real)
@@ -104,16 +115,10 @@ def images_in(folder: Path) -> dict[str, Path]:
     refuse_missing_folder(folder)
     kinds = {path: kind_of(path) if (folder / path).exists() else "dangling link"
              for path in files_below(folder)}
-    cameras: dict[str, set[Path]] = {}                  # a photograph's name → the folders that hold one
-    for path, kind in kinds.items():
-        if kind == "image" and path.suffix.lower() in LOSSY:
-            cameras.setdefault(same_name(path.stem), set()).add(path.parent)
-    for path, kind in kinds.items():            # 0001.png beside pictures/0001.jpg: a mask of that photograph
-        twins = cameras.get(same_name(path.stem), {path.parent})
-        if kind == "image" and path.suffix.lower() not in LOSSY and path.parent not in twins:
-            kinds[path] = "mask"
+    find_masks_of_photographs(kinds)
     for path in index_pictures(folder, [path for path, kind in kinds.items() if kind == "image"]):
         kinds[path] = "mask"
+    refuse_two_folders_alike(folder, [path for path, kind in kinds.items() if kind == "image"])
     photos = [path for path, kind in kinds.items() if kind == "image"]
     said = left_out(kinds)
     if not photos:
@@ -131,6 +136,21 @@ def images_in(folder: Path) -> dict[str, Path]:
     if said:
         print(f"{folder}: {len(found)} photographs. {said}")
     return found
+
+
+def find_masks_of_photographs(kinds: dict[Path, str]) -> None:
+    """Call mask what is one by the photographs that lie there: pictures/1.png or 1_L.png of photos/1.jpg."""
+    cameras: dict[str, set[Path]] = {}                  # a photograph's name → the folders that hold one
+    for path, kind in kinds.items():
+        if kind == "image" and path.suffix.lower() in LOSSY:
+            cameras.setdefault(same_name(path.stem), set()).add(path.parent)
+    for path, kind in kinds.items():
+        if kind != "image" or path.suffix.lower() in LOSSY:
+            continue
+        name = same_name(path.stem)
+        of_another = WEAK_END.sub("", name) in cameras.keys() - {name}
+        if path.parent not in cameras.get(name, {path.parent}) or of_another:
+            kinds[path] = "mask"
 
 
 def index_pictures(folder: Path, paths: list[Path]) -> list[Path]:
@@ -157,13 +177,31 @@ def mode_of(path: Path) -> str | None:
         return None
 
 
+def refuse_two_folders_alike(folder: Path, paths: list[Path]) -> None:
+    """Raise ValueError for two folders whose files, no JPEGs, have the same names: one may hold masks in
+    colours. More than two are taken as they are: frames of several films."""
+    names_in: dict[Path, set[str]] = {}
+    for path in paths:
+        if path.suffix.lower() not in LOSSY:
+            names_in.setdefault(path.parent, set()).add(same_name(path.stem))
+    alike: dict[frozenset[str], list[Path]] = {}
+    for place, names in names_in.items():
+        alike.setdefault(frozenset(names), []).append(place)
+    for names, (first, *others) in alike.items():
+        if len(others) == 1:
+            raise ValueError(f"--data {folder}: expected photographs alone; found {len(names)} files in "
+                             f"{first} and as many of the same names in {others[0]}, {min(names)} first. "
+                             "If one of the two holds masks, name the folder of the photographs to --data; "
+                             "if both are photographs, rename one file.")
+
+
 def left_out(kinds: dict[Path, str]) -> str:
     """What a listing passed over, in a sentence; "" if nothing."""
     masks = [str(path) for path, kind in kinds.items() if kind == "mask"]
     counts = Counter(kind for kind in kinds.values() if kind not in ("image", "mask"))
     more = ", …" if len(masks) > 2 else ""
     parts = [f"{len(masks)} masks ({', '.join(masks[:2])}{more})"] if masks else []
-    parts += [f"{count} {kind}{' (convert to JPEG)' if kind in ('.heic', '.heif') else ''}"
+    parts += [f"{count} {kind}{' (convert to JPEG)' if kind in CONVERT else ''}"
               for kind, count in sorted(counts.items())]
     return f"Left out: {', '.join(parts)}." if parts else ""
 
@@ -225,10 +263,16 @@ def image_files(name: str, root: str, split: str) -> dict[str, Path]:
     pattern = dataset.images.replace("{split}", dataset.splits[split])
     if (path := list_of(name, base, split)) is not None:
         return listed(path, base, pattern, dataset.tree)
-    found = fitting(base, pattern)
+    kinds: dict[Path, str] = {}
+    found = fitting(base, pattern, [one.replace("{split}", dataset.splits[split])
+                                    for one in dataset.labels.values()], kinds)
+    said = left_out(kinds)
     if not found:
         raise FileNotFoundError(f"--data {name}: expected images {base / pattern.replace('{id}', '*')}, "
-                                f"found none. The tree should be {dataset.tree}. {how_to_get(name)}")
+                                f"found none. {said + ' ' if said else ''}The tree should be {dataset.tree}. "
+                                f"{how_to_get(name)}")
+    if said:
+        print(f"{name}, {split}: {len(found)} photographs. {said}")
     return found
 
 
@@ -248,35 +292,66 @@ def list_of(name: str, base: Path, split: str) -> Path | None:
     return chosen[0] if chosen else None
 
 
-def fitting(base: Path, pattern: str) -> dict[str, Path]:
+def fitting(base: Path, pattern: str, labels: list[str] | None = None,
+            kinds: dict[Path, str] | None = None) -> dict[str, Path]:
     """All files under `base` that fit a pattern: id → path, sorted by id. Letter case of the ending is
-    nothing.
+    nothing. Raises ValueError where two files have one id.
 
     An id is what stands for {id}, sub-folders and all: "leftImg8bit/val/{id}_leftImg8bit.png" gives
     aachen/aachen_0. So it is unique, and the same in the patterns of images and of labels. In a pattern of
-    images no mask fits.
+    images, which is given those of `labels`, no mask fits. What does not fit is put into `kinds`.
     """
     before, after = pattern.split("{id}")
-    folder, of_labels = base / before, kind_of(Path(pattern)) == "mask"
-    paths = [path for path in files_below(folder) if path.name.lower().endswith(after.lower())
-             and (of_labels or kind_of(path) != "mask")]
-    return dict(sorted((path.as_posix()[:len(path.as_posix()) - len(after)], folder / path)
-                       for path in paths))
+    found: dict[str, Path] = {}
+    for path in files_below(base / before):
+        name = path.as_posix()
+        one, fits = name[:len(name) - len(after)], name.lower().endswith(after.lower())
+        masked = labels is not None and (kind_of(Path(one + path.suffix)) == "mask" or any(
+            closer(label, pattern) and belongs(before + name, label) for label in labels))
+        if not fits or masked:
+            if kinds is not None:
+                kinds[path] = "mask" if masked else path.suffix.lower() or "no ending"
+        elif one in found:
+            raise ValueError(f"{base / before}: expected every name once, found {found[one].name} and "
+                             f"{path.name}. Remove one of them.")
+        else:
+            found[one] = base / before / path
+    return dict(sorted(found.items()))
+
+
+def belongs(name: str, pattern: str) -> bool:
+    before, after = pattern.split("{id}")
+    return name.startswith(before) and name.lower().endswith(after.lower())
+
+
+def closer(label: str, image: str) -> bool:
+    """Whether a pattern of labels says more than that of the images: 0001_L.png fits {id}.png too."""
+    return len(label) > len(image)
 
 
 def listed(path: Path, base: Path, pattern: str, tree: str) -> dict[str, Path]:
     """The images that the list `path` names, one id a line. Raises naming the first that is missing."""
     if not path.is_file():
         raise FileNotFoundError(f"expected the list {path}, found none. The tree should be {tree}.")
+    def image_of(one: str) -> Path | None:
+        return existing(base / pattern.replace("{id}", one))
+
     # what is no text names no image
-    lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-    ids = sorted({line.split()[0] for line in lines if line.strip()})
+    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines()]
+    # A second column is passed over, unless the space belongs to the name.
+    ids = sorted({line if " " in line and image_of(line) else line.split()[0] for line in lines if line})
     if not ids:
         raise ValueError(f"{path}: expected image ids, one a line; found an empty list.")
-    if wrong := [name for name in ids if name.lower().endswith(Path(pattern).suffix.lower())]:
-        raise ValueError(f"{path}: expected ids alone, one a line (as {Path(wrong[0]).stem}); found a path "
+    found = {name: image_of(name) for name in ids}
+    if wrong := [name for name, image in found.items() if image is None
+                 and (Path(name).suffix.lower() in image_suffixes() or "/" in name or "\\" in name)]:
+        alone = re.split(r"[/\\]", wrong[0])[-1]
+        alone = Path(alone).stem if Path(alone).suffix.lower() in image_suffixes() else alone
+        raise ValueError(f"{path}: expected ids alone, one a line (as {alone}); found a path "
                          f"or a file name: {wrong[0]}. Take folders and endings away.")
-    found = {name: existing(base / pattern.replace("{id}", name)) for name in ids}
+    if masks := [name for name in ids if kind_of(Path(f"{name}.png")) == "mask"]:
+        raise ValueError(f"{path}: expected ids of photographs, found {masks[0]}, which is called "
+                         "like a mask. Take it out of the list.")
     if missing := [base / pattern.replace("{id}", name) for name, image in found.items() if image is None]:
         raise FileNotFoundError(f"{path} names {len(ids)} images: expected all of them in "
                                 f"{missing[0].parent}, found {len(missing)} missing; the first is "

@@ -11,10 +11,11 @@ where a file becomes classes.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from datasets import DATASETS, IGNORE, is_folder
 from datasets.images import existing, files_below, find, same_name
@@ -46,19 +47,33 @@ def labels_in(folder: Path, ids: list[str]) -> dict[str, Path]:
     if not folder.is_dir():
         raise FileNotFoundError(f"--labels {folder}: expected a folder of index pictures, found none.")
     there: dict[str, Path] = {}
-    for path in files_below(folder):
+    files = files_below(folder)
+    kinds = Counter(path.suffix.lower() or "no ending" for path in files)
+    for path in files:
         if path.suffix.lower() == ".png":
             name = same_name(path.with_suffix("").as_posix())
             if name in there:
                 raise ValueError(f"--labels {folder}: expected every name once, found {there[name]} and "
                                  f"{path}. Remove one of them.")
             there[name] = path
+    alike = Counter(map(same_name, ids))
+    if twice := [name for name in ids if alike[same_name(name)] > 1 and same_name(name) in there]:
+        raise ValueError(f"--labels {folder}: expected images whose names differ in more than letter "
+                         f"case; found {' and '.join(twice[:2])} for one label, "
+                         f"{there[same_name(twice[0])]}. Rename one.")
     found = {name: folder / there[same_name(name)] for name in ids if same_name(name) in there}
     if not found:
         raise ValueError(f"--labels {folder}: expected PNG files with the images' names ({ids[0]}.png, …), "
                          "found none of "
-                         f"them{f' among {len(there)}, as {next(iter(there.values()))}' if there else ''}.")
+                         f"them{f' among {len(there)}, as {next(iter(there.values()))}' if there else ''}"
+                         f"{others(kinds)}.")
     return found
+
+
+def others(kinds: Counter) -> str:
+    """What lies in a folder of labels beside PNG files, in words."""
+    said = [f"{count} {kind}" for kind, count in sorted(kinds.items()) if kind != ".png"]
+    return f"; there are {', '.join(said)}" if said else ""
 
 
 def label_files(name: str, root: str, split: str, ids: list[str]) -> dict[str, Path]:
@@ -125,7 +140,11 @@ def refuse_other_classes(data: str, names: list[str]) -> None:
 # ---------------------------------------------------------------------------- files → classes
 
 # And WebP, where its first chunk says so. Not GIF: those who write it sort the palette anew.
-LOSSLESS = {"PNG", "TIFF", "BMP", "PPM", "TGA"}
+# Not PGM: readers stretch its values where the header's greatest is not 255.
+LOSSLESS = {"PNG", "TIFF", "BMP", "TGA"}
+
+
+OFFICIAL = "the dataset's own colours"
 
 
 class LabelReader:
@@ -137,7 +156,7 @@ class LabelReader:
         dataset = DATASETS.get(data)
         if dataset is not None and dataset.palette_is_official:
             [encoding] = dataset.labels
-            self.colours = {value: (dataset.palette[number], "the dataset's own colours")
+            self.colours = {value: (dataset.palette[number], OFFICIAL)
                             for value, number in dataset.label_values(encoding)[0].items()}
 
     def __call__(self, path: Path, size: tuple[int, int]) -> np.ndarray:
@@ -169,6 +188,19 @@ class LabelReader:
         shown = {int(value): palette[value] for value in values if value < len(palette)}
         if all(colour == (value,) * 3 for value, colour in shown.items()):
             return
+        greys = {red for red, green, blue in shown.values() if red == green == blue}
+        known = table_for(path, self.table)
+        if len(greys) == len(shown) and greys - {0, IGNORE} and all(known[grey] >= 0 for grey in greys):
+            raise ValueError(f"{path}: expected values that say the classes; found a palette of the greys "
+                             f"{sorted(greys)} behind the values {sorted(shown)}: a program has numbered the "
+                             "greys anew. Open it, convert(\"L\"), and save it as PNG.")
+        official = {colour: value for value, (colour, where) in self.colours.items()
+                    if where == OFFICIAL}
+        if wrong := [value for value, colour in shown.items() if official.get(colour, value) != value]:
+            raise ValueError(f"{path}: expected the colour {shown[wrong[0]]} at the value "
+                             f"{official[shown[wrong[0]]]}, as in {OFFICIAL}, found it at {wrong[0]}. "
+                             "A program has sorted the palette anew: take the files as they were before it "
+                             "saved them.")
         for value, colour in shown.items():
             before, where = self.colours.setdefault(value, (colour, path))
             if colour != before and value != IGNORE:
@@ -183,19 +215,35 @@ def label_picture(path: Path) -> tuple[np.ndarray, list[tuple[int, int, int]]]:
     one that cannot be used."""
     try:
         with Image.open(path) as image:
+            squeezed = image.info.get("compression") in ("jpeg", "tiff_jpeg", "webp")       # inside a TIFF
             lossless = image.format in LOSSLESS or image.format == "WEBP" and is_lossless_webp(path)
-            if not lossless:
+            if squeezed or not lossless:
                 raise ValueError(f"expected a lossless file, found {image.format}, which changes values: "
                                  "save labels as PNG from their source")
+            if (pages := getattr(image, "n_frames", 1)) > 1:
+                raise ValueError(f"expected one picture, found {pages} in one file: nothing says which of "
+                                 "them holds the classes")
             if image.mode not in ("P", "L", "1"):
                 raise ValueError(f"expected an index picture (mode P or L), found mode {image.mode}. Colours "
                                  "must become class numbers: write one number a pixel, by a table from "
-                                 "colour to class, and save it as an 8-bit PNG")
+                                 "colour to class, and save it as an 8-bit PNG; convert(\"P\") would number "
+                                 "the colours anew")
+            if (raw := raw_mode(image)).startswith("L;") or raw == "1;I":
+                raise ValueError(f"expected 8 bits a pixel, found greys stored as {raw}, whose values "
+                                 "readers scale differently. Save the classes as an 8-bit PNG")
+            image = ImageOps.exif_transpose(image)              # as the photograph: what a viewer shows
             channels = (image.getpalette() or []) if image.mode == "P" else []
             return np.array(image, dtype=np.uint8), list(zip(channels[::3], channels[1::3], channels[2::3]))
     except Exception as error:
         raise ValueError(f"{path}: expected a label, found a file that cannot be used as one ({error}). Mend "
                          "or replace it.") from error
+
+
+def raw_mode(image: Image.Image) -> str:
+    """How the pixels are stored in an opened file: "L", or "L;4" for four bits, which Pillow stretches to
+    0..255."""
+    stored = image.tile[0][3] if image.tile else ""
+    return str(stored[0] if isinstance(stored, tuple) and stored else stored)
 
 
 def is_lossless_webp(path: Path) -> bool:

@@ -72,7 +72,9 @@ def read_classes(path: Path) -> tuple[tuple[str, ...], ...]:
     return parse_classes(class_lines(text, source=f"--classes {path}"), source=f"--classes {path}")
 
 
-NUMBERED = re.compile(r"^(\d+)\s*[:,;=\t ]\s*(\S.*)$")
+NUMBERED = re.compile(r"^(\d+)(?:\s*[:,;=.)-]\s*|\s+)(\S.*)$")
+COLOURS = re.compile(r"(?:^|[:,;\s])\d{1,3}(?:[,;\s]+\d{1,3}){2}(?!\w)")       # beside a name: 128,64,0
+FOREIGN = re.compile(r"[:|=<>{}]|\s#|#[0-9a-f]{6}", re.IGNORECASE)           # of YAML, tables, code
 
 
 def class_lines(text: str, source: str) -> list[str]:
@@ -81,7 +83,7 @@ def class_lines(text: str, source: str) -> list[str]:
     Also read: JSON (a list of names or of objects with a "name", or number → name), CVAT's labelmap.txt,
     labelme's labels.txt, "0: name" on every line, YAML's "- name", semicolons between synonyms. Empty lines
     and lines from # on are passed over. Raises ValueError where numbers do not count from 0: label pictures
-    would mean other classes.
+    would mean other classes; and for what looks like yet another syntax.
     """
     text = "".join(letter for letter in text if unicodedata.category(letter) != "Cf")      # invisible letters
     of_cvat = text.lstrip().lower().startswith("# label:color_rgb")
@@ -104,8 +106,18 @@ def class_lines(text: str, source: str) -> list[str]:
                              f"found {', '.join(map(str, numbers[:5]))}{', …' if len(numbers) > 5 else ''}. "
                              "Put the lines in the order of the values and take the numbers away.")
         lines = [match[2] for match in numbered]
-    if "__ignore__" in lines:                                        # labelme: its value is 255, and no class
-        lines.remove("__ignore__")
+    if "__ignore__" in lines[1:]:
+        raise ValueError(f"{source}: expected __ignore__ in the first line, as labelme has it, found it at "
+                         f"class {lines.index('__ignore__') + 1}. Remove it if 255 stands for it in "
+                         "the labels.")
+    if lines[:1] == ["__ignore__"]:                                  # labelme: its value is 255, and no class
+        lines = lines[1:]
+    for line in lines:
+        if COLOURS.search(line) or FOREIGN.search(html.unescape(line)):
+            what = "colours" if COLOURS.search(line) else "signs of another syntax"
+            raise ValueError(f"{source}: expected names alone, synonyms after commas, one class a line; "
+                             f"found {what} in {line[:60]!r}. Leave the names, in the order of the labels' "
+                             "values.")
     lines = ["background" if line == "_background_" else line for line in lines]
     return [html.unescape(line).replace(";", ",") for line in lines]        # the ; of &amp; ends no name
 
@@ -114,12 +126,16 @@ def json_names(text: str, source: str) -> list[str]:
     try:
         content = json.loads(text)
         if isinstance(content, dict):
-            content = content.get("categories", content.get("names", content.get("labels", content)))
+            inside = [content[key] for key in ("categories", "names", "labels", "id2label") if key in content]
+            content = inside[0] if inside else content
         if isinstance(content, dict):                                   # number → name, or name → number
             pairs = [(number, name) if str(number).isdecimal() else (name, number)
                      for number, name in content.items()]
             content = [f"{int(number)}: {name}"
                        for number, name in sorted(pairs, key=lambda pair: int(pair[0]))]
+        if content and all(isinstance(one, dict) and "id" in one for one in content):
+            by_id = sorted(content, key=lambda one: int(one["id"]))
+            return [f"{int(one['id'])}: {one['name']}" for one in by_id]
         return [one["name"] if isinstance(one, dict) else str(one) for one in content]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{source}: expected a JSON list of names, found another content ({error}). Write "

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -47,6 +48,10 @@ def line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def prose(text: str) -> str:
+    return textwrap.fill(text, 110, break_on_hyphens=False)
+
+
 # ---------------------------------------------------------------------------- tables
 
 
@@ -62,7 +67,7 @@ def table_lines(table: Table, values: dict[Cell, list[float]], data: str) -> lis
         ours = values.get(row.cell, [])
         each = " ".join(shown(value, table.digits) for value in ours) if len(ours) > 1 else ""
         lines.append(line([row.title, *cells, mean_and_spread(ours, table.digits) if ours else "", each]))
-    return [*lines, *(["", table.note] if table.note else []), ""]
+    return [*lines, *(["", prose(table.note)] if table.note else []), ""]
 
 
 # ---------------------------------------------------------------------------- claims
@@ -127,12 +132,13 @@ def judged(claims: list[Claim], values: dict[Cell, list[float]]) -> list[dict]:
 def claim_lines(claims: list[Claim], values: dict[Cell, list[float]], data: str) -> list[str]:
     if not claims:
         return []
-    lines = ["### Claims", "",
-             "The difference that a claim says is above zero, for each seed. Held: its mean, as it is shown, "
-             "is above zero and above its spread (standard deviation over seeds). Left out are claims that "
-             "the paper's own numbers deny on this dataset, and the shape of a sweep that ends at the "
-             "recipe's own value.", "",
-             f"| | claim | paper | {data}: mean ± spread | each seed | |", "|---|---|---|---|---|---|"]
+    said = prose(
+        "The difference that a claim says is above zero, for each seed. Held: its mean, as it is shown, is "
+        "above zero and above its spread (standard deviation over seeds). Left out are claims that the "
+        "paper's own numbers deny on this dataset, and the shape of a sweep that ends at the recipe's own "
+        "value.")
+    lines = ["### Claims", "", said, "", f"| | claim | paper | {data}: mean ± spread | each seed | |",
+             "|---|---|---|---|---|---|"]
     found = {one["claim"]: one for one in judged(claims, values)}
     for claim in claims:
         cells, digits = [claim.source, claim.text, in_paper(claim, data)], digits_of(claim)
@@ -164,10 +170,10 @@ MADE = ("data", "what", "seeds", "epochs", "precision", "versions", "same")     
 
 def page(made: dict, values: dict[Cell, list[float]]) -> str:
     """Tables and claims of what was asked for, under a line that says how the numbers were made."""
-    lines = [f"## {made['data']}: ours beside the paper's", "",
-             f"Seeds: {made['seeds']}; epochs: {made['epochs'] or 'as in the recipes'}; {made['precision']}; "
-             f"{made['versions']}. ± is the standard deviation over seeds. mIoU in percent unless a row says "
-             "otherwise.", ""]
+    lines = [f"## {made['data']}: ours beside the paper's", "", prose(
+        f"Seeds: {made['seeds']}; epochs: {made['epochs'] or 'as in the recipes'}; {made['precision']}; "
+        f"{made['versions']}. ± is the standard deviation over seeds. mIoU in percent unless a row says "
+        "otherwise."), ""]
     for name in made["what"]:
         if name in TABLES:
             lines += table_lines(TABLES[name], values, made["data"])

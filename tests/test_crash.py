@@ -6,6 +6,7 @@
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -25,3 +26,30 @@ def test_every_training_that_is_killed_resumes_to_the_same_bits(tmp_path):
     assert sum(counts["killed"] for counts in found.values()) >= 50
     assert all(counts["killed before a write"] >= 8 for counts in found.values())
     assert all(counts["resumed to other bits"] == 0 for counts in found.values()), result.stderr
+
+
+DRAWING = """
+import sys
+sys.path.insert(0, {root!r})
+from toyland import pretrain
+print("begun", flush=True)
+pretrain.pretraining_pictures(0, 20000)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks /proc which processes there are")
+def test_a_pretraining_that_is_killed_while_it_draws_leaves_no_process(tmp_path):
+    """Its workers hold more pictures than a pipe does, and nobody reads them any more."""
+    from crash import left_running
+    program = DRAWING.format(root=str(ROOT))
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, stdout=subprocess.PIPE,
+                               text=True)
+    assert process.stdout.readline() == "begun\n"
+    deadline = time.monotonic() + 60
+    while len(left_running(tmp_path, seconds=1)) < 2 and time.monotonic() < deadline:   # itself and a worker
+        pass
+    time.sleep(1)
+    process.kill()
+    process.wait()
+    assert left_running(tmp_path) == []

@@ -467,3 +467,225 @@ def test_every_public_dataset_describes_what_other_values_are():
     """ADE and COCO are the two whose labels circulate in another numbering that no value of its own
     betrays."""
     assert {name for name, dataset in DATASETS.items() if dataset.other_values} == {"ade", "coco"}
+
+
+# ------------------------------------------------------------------- a second look at names, files and lists
+
+MORE_MASKS = ["{}_mask_1", "mask_1_{}_mask", "{}_gt_1", "{}_gtFine_instanceIds", "{}_segmentation_color",
+              "{}_semantic",
+              "{}_label_color", "{}_labelme", "{}_masked", "{}_L", "{}_color", "{}_instanceIds"]
+MORE_FOLDERS = ["trainannot", "train_masks", "label_images", "SegmentationClassRaw", "SegmentationClassPNG",
+                "maskImages", "semantic_rgb", "Ground Truth", "val_labels", "annotations_v2"]
+
+
+@pytest.mark.parametrize("ending", [".png", ".BMP"])
+@pytest.mark.parametrize("place", [*(f"elsewhere/{name}" for name in MORE_MASKS), *MORE_MASKS,
+                                   *(f"{name}/9{{}}" for name in MORE_FOLDERS)])
+def test_mask_by_a_word_of_its_name_is_left_out_and_told(folder, capsys, place, ending):
+    """CamVid's, CVAT's and labelme's other habits; in a folder of masks no photograph has its name."""
+    write_photos(folder / "photos", "trip/0001.jpg")
+    write_label(folder / "photos/trip" / f"{place.format('0001')}{ending}", np.zeros((40, 56)))
+    assert list(images.training_images("photos", "data")) == ["trip/0001"]
+    assert "photos: 1 photographs. Left out: 1 masks" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["sunset", "IMG_0001", "market", "segovia", "labrador", "instant",
+                                  "ground/floor",
+                                  "summer 2020/a", "beach_2", "maskerade_venice_7x", "color/a",
+                                  "truck", "L/1"])
+def test_photograph_with_a_plain_name_stays(folder, capsys, name):
+    write_photos(folder / "photos", f"{name}.png", "other.jpg")
+    assert set(images.training_images("photos", "data")) == {name, "other"}
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("ending", [".png", ".tif"])
+def test_two_folders_of_the_same_names_are_refused(folder, ending):
+    """PNG photographs and PNG masks in folders that say nothing: no name tells them apart."""
+    for name in ("0", "1"):
+        write_photos(folder / "photos", f"in/{name}.png", f"out/{name}{ending}")
+    with pytest.raises(ValueError, match="--data photos: expected photographs alone; found 2 files in"):
+        images.training_images("photos", "data")
+    write_photos(folder / "photos", "in/2.png")                             # films whose frames are counted
+    assert len(images.training_images("photos", "data")) == 5
+
+
+def test_label_beside_the_images_of_a_layout_is_no_image(folder, capsys, monkeypatch):
+    """0001_L.png fits the images' pattern {id}.png too; what else lies there is counted."""
+    from dataclasses import replace
+    pets = replace(DATASETS["ade"], places=["pets"], images="all/{split}/{id}.png",
+                   labels={"indices": "all/{split}/{id}_t.png"})
+    monkeypatch.setitem(DATASETS, "pets", pets)
+    write_photos(folder / "data/pets/all/training", "1.png", "2.png", "1_t.png", "2_t.png", "3_mask.png",
+                 "4.jpg")
+    assert list(images.training_images("pets", "data")) == ["1", "2"]
+    assert "pets, train: 2 photographs. Left out: 3 masks" in capsys.readouterr().out
+    assert list(labels.label_files("pets", "data", "train", ["1", "2"])) == ["1", "2"]
+
+
+def test_two_files_of_one_id_are_refused_in_a_layout(folder):
+    base = write_public_tree("ade", folder / "data")
+    write_photos(base / "images/training", "ADE_train_00000001.JPG")
+    with pytest.raises(ValueError, match="expected every name once, found ADE_train_00000001.JPG and"):
+        images.training_images("ade", "data")
+
+
+@pytest.mark.parametrize("line, said", [("JPEGImages/{}", "ids alone"), ("{}.png", "ids alone"),
+                                        ("./{}.jpg", "ids alone"),
+                                        ("JPEGImages\\{}.jpg", "ids alone"),
+                                        ("{}_mask", "called like a mask")])
+def test_list_of_other_things_than_ids_is_refused(folder, line, said):
+    write_voc_tree(folder / "data")
+    write_photos(folder / "data/VOCdevkit/VOC2012/JPEGImages", "2007_000032_mask.jpg")
+    path = folder / "data/VOCdevkit/VOC2012/ImageSets/Segmentation/train.txt"
+    path.write_text(line.format("2007_000032") + "\n")
+    with pytest.raises(ValueError, match=said):
+        images.training_images("voc", "data")
+
+
+def test_ids_of_a_list_may_hold_spaces(folder):
+    write_voc_tree(folder / "data")
+    base = folder / "data/VOCdevkit/VOC2012"
+    write_photos(base / "JPEGImages", "plage été.jpg", "plage.jpg")
+    (base / "ImageSets/Segmentation/train.txt").write_text("plage été\n2007_000032 1\n", encoding="utf-8")
+    assert list(images.training_images("voc", "data")) == ["2007_000032", "plage été"]
+
+
+def test_folder_that_cannot_be_read_is_an_error(folder, monkeypatch):
+    """os.walk passes over it without a word."""
+    write_photos(folder / "photos", "a.jpg", "b/c.jpg")
+    seen = images.os.scandir
+    def closed(place):
+        if str(place).endswith("b"):
+            raise PermissionError(13, "Permission denied", str(place))
+        return seen(place)
+    monkeypatch.setattr(images.os, "scandir", closed)
+    with pytest.raises(PermissionError):
+        images.training_images("photos", "data")
+
+
+VALUES_3 = np.resize(np.array([0, 7, 11], dtype=np.uint8), (8, 9))
+
+
+def read_12(path: str, size=(8, 9), data: str = "photos", classes: int = 12) -> np.ndarray:
+    return labels.LabelReader(data, classes)(Path(path), size)
+
+
+def test_tiff_label_with_jpeg_inside_is_refused(folder):
+    Image.fromarray(VALUES_3).save("a.tif", compression="jpeg")
+    with pytest.raises(ValueError, match="expected a lossless file, found TIFF"):
+        read_12("a.tif", classes=200)
+    Image.fromarray(VALUES_3).save("b.tif", compression="tiff_lzw")
+    assert np.array_equal(read_12("b.tif"), VALUES_3)
+
+
+def test_label_of_two_pages_is_refused(folder):
+    picture = Image.fromarray(VALUES_3)
+    picture.save("a.tif", save_all=True, append_images=[picture])
+    with pytest.raises(ValueError, match="expected one picture, found 2 in one file"):
+        read_12("a.tif")
+
+
+def test_pgm_whose_values_are_stretched_is_refused(folder):
+    Path("a.pgm").write_bytes(b"P5\n3 1\n11\n" + bytes([0, 7, 11]))
+    with pytest.raises(ValueError, match="found PPM"):
+        read_12("a.pgm", (1, 3), classes=255)
+
+
+def test_four_bit_greys_are_refused(folder):
+    """Pillow stretches them: the value 1 would be read as 17, which may be a class."""
+    import struct
+    import zlib
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    Path("a.png").write_bytes(b"\x89PNG\r\n\x1a\n"
+                              + chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, 4, 0, 0, 0, 0))
+                              + chunk(b"IDAT", zlib.compress(b"\0\x01")) + chunk(b"IEND", b""))
+    with pytest.raises(ValueError, match="expected 8 bits a pixel, found greys stored as L;4"):
+        read_12("a.png", (1, 2), classes=60)
+
+
+def test_greys_that_a_program_numbered_anew_are_refused(folder):
+    """0, 7, 11 of a grey label become the values 0, 1, 2 of a palette. Black and white is no such palette."""
+    picture = Image.fromarray(np.resize(np.arange(3, dtype=np.uint8), (8, 9)))
+    picture.putpalette([0, 0, 0, 7, 7, 7, 11, 11, 11])
+    picture.save("a.png")
+    with pytest.raises(ValueError, match=r"greys \[0, 7, 11\] behind the values \[0, 1, 2\]"):
+        read_12("a.png")
+    picture = Image.fromarray(np.resize(np.arange(2, dtype=np.uint8), (8, 9)))
+    picture.putpalette([0, 0, 0, 255, 255, 255])
+    picture.save("b.png")
+    assert set(np.unique(read_12("b.png"))) == {0, 1}
+
+
+def test_colour_of_a_class_at_vocs_background_is_refused(folder):
+    """One airplane that fills the picture, optimised: its value is 0, which VOC ignores."""
+    picture = Image.fromarray(np.zeros((8, 9), dtype=np.uint8))
+    picture.putpalette([128, 0, 0])
+    picture.save("a.png")
+    with pytest.raises(ValueError, match=r"expected the colour \(128, 0, 0\) at the value 1.*found it at 0"):
+        read_12("a.png", data="voc", classes=20)
+
+
+def test_label_is_turned_by_its_own_exif_as_the_photograph_is(folder):
+    """Some tools copy the photograph's orientation into the label."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(VALUES_3).save("a.png", exif=exif)
+    assert np.array_equal(read_12("a.png", (9, 8)), VALUES_3[::-1].T)
+
+
+def test_two_images_for_one_label_are_refused(folder):
+    write_label(Path("truth/a.png"), np.zeros((4, 4)))
+    with pytest.raises(ValueError, match="found A and a for one label, a.png"):
+        labels.true_label_files("photos", "data", ["A", "a"], "truth")
+
+
+def test_labels_of_other_endings_are_named(folder):
+    Path("truth").mkdir()
+    Image.fromarray(VALUES_3).save("truth/a.bmp")
+    with pytest.raises(ValueError, match=r"expected PNG files .* found none of them; there are 1 \.bmp"):
+        labels.true_label_files("photos", "data", ["a"], "truth")
+
+
+@pytest.mark.parametrize("text, said", [
+    ("sky:51,221,255::\ngrass:250,50,83::\n", "found colours in"),
+    ("sky,128,64,0\ngrass,1,2,3\n", "found colours in"),
+    ("name,r,g,b\nsky,128,64,0\ngrass,1,2,3\n", "found colours in"),
+    ("sky 128 64 0\ngrass 1 2 3\n", "found colours in"),
+    ("nc: 2\nnames: ['sky', 'grass']\n", "another syntax"),
+    ("names:\n  0: sky\n  1: grass\n", "another syntax"),
+    ("item {\n  id: 1\n  name: 'sky'\n}\n", "another syntax"), ("sky=0\ngrass=1\n", "another syntax"),
+    ("sky | heaven\ngrass\n", "another syntax"), ("sky  # blue\ngrass\n", "another syntax"),
+    ("sky #ff0000\ngrass #00ff00\n", "another syntax"), ("<li>sky\n<li>grass\n", "another syntax"),
+    ("sky\n__ignore__\ngrass\n", "__ignore__ in the first line"), ("1. sky\n2. grass\n", "count from 0"),
+    ('[{"id": 1, "name": "sky"}, {"id": 5, "name": "grass"}]', "count from 0")])
+def test_class_list_of_yet_another_syntax_is_refused(folder, text, said):
+    """Colours would become synonyms, keys would become classes."""
+    Path("other.txt").write_text(text)
+    with pytest.raises(ValueError, match=said):
+        words.read_classes(Path("other.txt"))
+
+
+@pytest.mark.parametrize("text", ["0. sky\n1. grass\n", "0 - sky\n1 - grass\n", "0) sky\n1) grass\n",
+                                  '{"id2label": {"1": "grass", "0": "sky"}}',
+                                  '[{"id": 1, "name": "grass"}, {"id": 0, "name": "sky"}]'])
+def test_numbers_of_a_class_list_say_the_order(folder, text):
+    Path("other.txt").write_text(text)
+    assert words.read_classes(Path("other.txt")) == (("sky",), ("grass",))
+
+
+@pytest.mark.parametrize("name", ["parking meter (broken)", "tv/monitor", "traffic light [red]", "Ёлка",
+                                  "crème brûlée", "o'clock", "7 dwarfs", "24/7 shop", "rock & roll"])
+def test_odd_names_stay_names(folder, name):
+    Path("other.txt").write_text(f"sky\n{name}\n", encoding="utf-8")
+    assert words.read_classes(Path("other.txt")) == (("sky",), (name,))
+
+
+def test_check_knows_a_label_by_another_spelling(folder, capsys):
+    """What is measured must not be called a label without an image."""
+    write_photos(folder / "photos", f"{unicodedata.normalize('NFD', 'früh')}.jpg")
+    write_label(Path("truth/Früh.PNG"), np.arange(40)[:, None].repeat(56, 1) % 3)
+    flags = ["--data", "photos", "--classes", "names.txt", "--labels", "truth"]
+    assert check.main(check.flags().parse_args(flags)) == []
