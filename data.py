@@ -366,8 +366,8 @@ def recipe_for(setup: Setup, recipes: dict, numbers: dict[str, dict]):
     name = setup.data
     if not is_folder(name) and name not in recipes:
         stage = sys.modules[type(recipes["folder"]).__module__]       # "__main__" where it runs as a script
-        raise ValueError(f"--data {name}: expected a recipe for it in {Path(stage.__file__).name}, "
-                         f"found {', '.join(recipes)}. Add a line to RECIPES there.")
+        raise ValueError(f"--data {name}: expected a recipe for it in {Path(stage.__file__).name}, found "
+                         f"{', '.join(recipes)}. Add a line to RECIPES there.")
     own = {**numbers.get("any", {}), **numbers.get(name, {})}
     recipe = replace(recipes.get(name, recipes["folder"]), **own)
     return with_flags(recipe, setup.args, most=len(setup.training_images))

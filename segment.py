@@ -220,8 +220,7 @@ class Segmenter:
                           "pixels and no side more than longest_side; round both sides to a multiple of "
                           "`multiple`; RGB, 0 to 1",
                 "after": "resize the logits (bilinear, align_corners=False) to the image's own size; argmax "
-                         "over "
-                         "dim 1"}
+                         "over dim 1"}
 
 
 class Exported(torch.nn.Module):
@@ -261,8 +260,7 @@ def with_background(vocabulary: class_lists.Vocabulary, further: list[str],
     if stage in ("rectify", "distill"):
         raise ValueError(f"--background words: expected the stage maskclip or vanilla, found {stage}, which "
                          f"knows the {len(vocabulary)} classes it was trained with and no further words. Add "
-                         "--stage maskclip, train with the background among the classes, or use a "
-                         "threshold.")
+                         "--stage maskclip, train with the background among the classes, or use a threshold.")
     synonyms = vocabulary.synonyms + tuple((name,) for name in further)
     class_lists.parse_classes([", ".join(names) for names in synonyms], source="--classes and --background")
     return class_lists.Vocabulary(synonyms, vocabulary.palette, vocabulary.templates)

@@ -605,8 +605,8 @@ def growth(bench: Bench, repeats: int) -> list[dict]:
          "grows with C · (D + C)"),
         ("evaluation of an image", "classes", classes,
          lambda C: evaluation(bench, replace(square, classes=C)),
-         "no text tower runs; what grows is the decoder, with C · (D + C), and up-sampling and argmax, "
-         "with C"),
+         "no text tower runs; what grows is the decoder, with C · (D + C), and up-sampling and argmax, with "
+         "C"),
         ("query features", "classes", (1, 2, 4), lambda C: queries(bench, C),
          "every class has 85 sentences of its own"),
         ("rectification step", "image side", sizes, lambda size: rectification(bench, at(size)),
@@ -629,8 +629,8 @@ def growth(bench: Bench, repeats: int) -> list[dict]:
         medians = [statistics.median(kept) for kept in times]
         found.append({"what": what, "axis": axis, "points": list(points), "seconds": medians, "flop": flop,
                       "sentence": f"{points[-1] / points[0]:.3g} times the {axis} take "
-                                  f"{medians[-1] / medians[0]:.2f} times as long "
-                                  f"({flop[-1] / flop[0]:.2f} times the FLOP): {why}."})
+                                  f"{medians[-1] / medians[0]:.2f} times as long ({flop[-1] / flop[0]:.2f} "
+                                  f"times the FLOP): {why}."})
     return found
 
 
@@ -721,10 +721,9 @@ def main(args: argparse.Namespace) -> dict:
             print(f"{title}: {hours['plain']:.1f} hours plain, {hours['ours']:.1f} ours")
         if "loader" in args.only:
             found = content["loader"] = loader(bench, args.repeats)
-            print(f"Loader, {found['workers']} workers: "
-                  f"{1 / found['seconds_per_image_loader_alone']:.0f} images/s alone; a VOC step takes "
-                  f"{found['seconds_per_step_batch_ready']:.4f} s on a ready batch, "
-                  f"{found['seconds_per_step_from_files']:.4f} s from JPEG files: utilisation "
+            print(f"Loader, {found['workers']} workers: {1 / found['seconds_per_image_loader_alone']:.0f} "
+                  f"images/s alone; a VOC step takes {found['seconds_per_step_batch_ready']:.4f} s on a "
+                  f"ready batch, {found['seconds_per_step_from_files']:.4f} s from JPEG files: utilisation "
                   f"{found['utilisation']:.0%}")
     bench.folder.cleanup()
     if args.out is not None:

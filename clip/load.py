@@ -109,8 +109,8 @@ def build_model(state: dict[str, Tensor], source: str = "the state dict",
     of the wrong shape.
     """
     if activation not in ACTIVATIONS:
-        raise ValueError(f"{source}: expected the activation {' or '.join(ACTIVATIONS)}, "
-                         f"found {activation!r}.")
+        raise ValueError(f"{source}: expected the activation {' or '.join(ACTIVATIONS)}, found "
+                         f"{activation!r}.")
     if "visual.layer1.0.conv1.weight" in state:
         raise ValueError(f"{source}: expected a ViT CLIP, for which dense features are defined; found a "
                          f"ResNet CLIP. Use one of {', '.join(MODELS)}.")
@@ -153,8 +153,8 @@ def build_model(state: dict[str, Tensor], source: str = "the state dict",
         wrong += [f"{name} too many" for name in found if name not in expected]
         wrong += [f"{name} of shape {found[name]} in the place of {shape}" for name, shape in expected.items()
                   if found.get(name, shape) != shape]
-        raise ValueError(f"{source}: expected the weights of one CLIP alone, found {listed(wrong)}. "
-                         "Save all of model.state_dict() and nothing else.")
+        raise ValueError(f"{source}: expected the weights of one CLIP alone, found {listed(wrong)}. Save all "
+                         "of model.state_dict() and nothing else.")
     model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
     return model
 

@@ -206,8 +206,8 @@ class VisionTransformer(nn.Module):
         paths = list(paths)
         for path in paths:
             if path not in DENSE_PATHS:
-                raise ValueError(f"encode_dense: expected a path of {', '.join(DENSE_PATHS)}; "
-                                 f"found {path!r}.")
+                raise ValueError(f"encode_dense: expected a path of {', '.join(DENSE_PATHS)}; found "
+                                 f"{path!r}.")
         x = self.trunk(images.to(self.proj.dtype))                                          # (B, 1 + n, E)
         features = {path: F.normalize(self.dense(x, path).float(), dim=-1) for path in paths}   # (B, n, D)
         return {path: self.on_grid(one, images) for path, one in features.items()}

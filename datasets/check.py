@@ -154,8 +154,7 @@ def other_class_order(name: str, root: str) -> list[str]:
         if ours not in official.get(number, []):
             found = ", ".join(official.get(number, ["no such line"]))
             return [f"{path}: expected class {number} to be {ours}, found {found}. This is not "
-                    "ADEChallengeData2016, or not "
-                    "its order of classes: unpack that archive."]
+                    "ADEChallengeData2016, or not its order of classes: unpack that archive."]
     return []
 
 
@@ -312,8 +311,9 @@ def main(args: argparse.Namespace) -> list[str]:
         repeated = "".join(f" {flag} {shlex.quote(value)}" for flag, value, default in given
                            if value != default)
         where = " in what was compared" if unknown else ""
-        print(f"\nAll is well{where}{' in this sample' if args.quick else ''}. "
-              f"Next: python rectify.py --data {shlex.quote(name)}{repeated}")
+        print("\n"
+              f"All is well{where}{' in this sample' if args.quick else ''}. Next: python rectify.py --data "
+              f"{shlex.quote(name)}{repeated}")
     return problems
 
 

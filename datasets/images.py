@@ -190,9 +190,9 @@ def refuse_two_folders_alike(folder: Path, paths: list[Path]) -> None:
     for names, (first, *others) in alike.items():
         if len(others) == 1:
             raise ValueError(f"--data {folder}: expected photographs alone; found {len(names)} files in "
-                             f"{first} and as many of the same names in {others[0]}, {min(names)} first. "
-                             "If one of the two holds masks, name the folder of the photographs to --data; "
-                             "if both are photographs, rename one file.")
+                             f"{first} and as many of the same names in {others[0]}, {min(names)} first. If "
+                             "one of the two holds masks, name the folder of the photographs to --data; if "
+                             "both are photographs, rename one file.")
 
 
 def left_out(kinds: dict[Path, str]) -> str:
@@ -347,11 +347,11 @@ def listed(path: Path, base: Path, pattern: str, tree: str) -> dict[str, Path]:
                  and (Path(name).suffix.lower() in image_suffixes() or "/" in name or "\\" in name)]:
         alone = re.split(r"[/\\]", wrong[0])[-1]
         alone = Path(alone).stem if Path(alone).suffix.lower() in image_suffixes() else alone
-        raise ValueError(f"{path}: expected ids alone, one a line (as {alone}); found a path "
-                         f"or a file name: {wrong[0]}. Take folders and endings away.")
+        raise ValueError(f"{path}: expected ids alone, one a line (as {alone}); found a path or a file name: "
+                         f"{wrong[0]}. Take folders and endings away.")
     if masks := [name for name in ids if kind_of(Path(f"{name}.png")) == "mask"]:
-        raise ValueError(f"{path}: expected ids of photographs, found {masks[0]}, which is called "
-                         "like a mask. Take it out of the list.")
+        raise ValueError(f"{path}: expected ids of photographs, found {masks[0]}, which is called like a "
+                         "mask. Take it out of the list.")
     if missing := [base / pattern.replace("{id}", name) for name, image in found.items() if image is None]:
         raise FileNotFoundError(f"{path} names {len(ids)} images: expected all of them in "
                                 f"{missing[0].parent}, found {len(missing)} missing; the first is "

@@ -58,9 +58,9 @@ def labels_in(folder: Path, ids: list[str]) -> dict[str, Path]:
             there[name] = path
     alike = Counter(map(same_name, ids))
     if twice := [name for name in ids if alike[same_name(name)] > 1 and same_name(name) in there]:
-        raise ValueError(f"--labels {folder}: expected images whose names differ in more than letter "
-                         f"case; found {' and '.join(twice[:2])} for one label, "
-                         f"{there[same_name(twice[0])]}. Rename one.")
+        raise ValueError(f"--labels {folder}: expected images whose names differ in more than letter case; "
+                         f"found {' and '.join(twice[:2])} for one label, {there[same_name(twice[0])]}. "
+                         "Rename one.")
     found = {name: folder / there[same_name(name)] for name in ids if same_name(name) in there}
     if not found:
         raise ValueError(f"--labels {folder}: expected PNG files with the images' names ({ids[0]}.png, …), "
@@ -198,8 +198,8 @@ class LabelReader:
                     if where == OFFICIAL}
         if wrong := [value for value, colour in shown.items() if official.get(colour, value) != value]:
             raise ValueError(f"{path}: expected the colour {shown[wrong[0]]} at the value "
-                             f"{official[shown[wrong[0]]]}, as in {OFFICIAL}, found it at {wrong[0]}. "
-                             "A program has sorted the palette anew: take the files as they were before it "
+                             f"{official[shown[wrong[0]]]}, as in {OFFICIAL}, found it at {wrong[0]}. A "
+                             "program has sorted the palette anew: take the files as they were before it "
                              "saved them.")
         for value, colour in shown.items():
             before, where = self.colours.setdefault(value, (colour, path))

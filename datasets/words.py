@@ -108,8 +108,8 @@ def class_lines(text: str, source: str) -> list[str]:
         lines = [match[2] for match in numbered]
     if "__ignore__" in lines[1:]:
         raise ValueError(f"{source}: expected __ignore__ in the first line, as labelme has it, found it at "
-                         f"class {lines.index('__ignore__') + 1}. Remove it if 255 stands for it in "
-                         "the labels.")
+                         f"class {lines.index('__ignore__') + 1}. Remove it if 255 stands for it in the "
+                         "labels.")
     if lines[:1] == ["__ignore__"]:                                  # labelme: its value is 255, and no class
         lines = lines[1:]
     for line in lines:

@@ -62,5 +62,5 @@ def seed_of(*parts) -> int:
 def versions() -> str:
     import torch
     import torchvision
-    return (f"Python {platform.python_version()}, torch {torch.__version__}, "
-            f"torchvision {torchvision.__version__}")
+    return (f"Python {platform.python_version()}, torch {torch.__version__}, torchvision "
+            f"{torchvision.__version__}")

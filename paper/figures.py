@@ -91,8 +91,8 @@ def distance_figure(curves: dict[str, Tensor], counts: Tensor, titles: dict[str,
     behind.set_ylim(0, 2.5 * int(counts.max()))
     for stage, curve in curves.items():
         colour, marker, dash = LINES[stage]
-        label = (f"{titles[stage]}: space preference {scores.space_preference(curve):.2f}, "
-                 f"slope {scores.space_slope(curve, counts):.2f}").replace("-", "−")
+        label = (f"{titles[stage]}: space preference {scores.space_preference(curve):.2f}, slope "
+                 f"{scores.space_slope(curve, counts):.2f}").replace("-", "−")
         axes.plot(x, 100 * curve.numpy(), color=colour, marker=marker, linestyle=dash, label=label)
     axes.set_zorder(behind.get_zorder() + 1)                # lines before the bars
     axes.patch.set_visible(False)

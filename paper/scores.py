@@ -457,8 +457,9 @@ def hypothesis_scores(setup: data.Setup, query: Tensor, system: System) -> dict:
 
 
 def print_hypotheses(found: dict) -> None:
-    print(f"\nHypotheses of {found['images']} training images, {found['classes']:.1f} classes each"
-          f"\n{'':22}{'precision':>10}{'recall':>10}")
+    print("\n"
+          f"Hypotheses of {found['images']} training images, {found['classes']:.1f} classes each\n"
+          f"{'':22}{'precision':>10}{'recall':>10}")
     rows = {"all": (found["precision"], found["recall"]), **found["per_class"]}
     for name, (precision, recall) in rows.items():
         print(f"{name:22}{shown(precision, 2):>10}{shown(recall, 2):>10}")
@@ -486,8 +487,9 @@ def print_scores(scores: dict) -> None:
     """The stages as rows; below, the curve of each."""
     one = next(iter(scores.values()))
     made, objects_in = one["fingerprint"], one["curve"]["objects"]
-    print(f"\n{made['data']}: {made['images']} images, {sum(objects_in)} objects, "
-          f"{len(made['classes'])} classes, {made['precision']}")
+    print("\n"
+          f"{made['data']}: {made['images']} images, {sum(objects_in)} objects, {len(made['classes'])} "
+          f"classes, {made['precision']}")
     titles = {stage: evaluate.title(stage, found["fingerprint"]["system"]) for stage, found in scores.items()}
     width = max(20, *map(len, titles.values())) + 2
     print(f"{'':{width}}{'class preference':>18}{'space preference':>18}{'space slope':>13}"

@@ -40,8 +40,8 @@ def test_distance_figure_has_a_line_a_stage_and_a_bar_a_bin():
     for line, text, (stage, curve) in zip(axes.lines, axes.get_legend().get_texts(), CURVES.items()):
         assert np.allclose(line.get_xdata(), [0.125, 0.375, 0.625, 0.875])
         assert np.allclose(line.get_ydata(), 100 * curve.numpy(), equal_nan=True)
-        said = (f"{evaluate.STAGES[stage]}: space preference {scores.space_preference(curve):.2f}, "
-                f"slope {scores.space_slope(curve, COUNTS):.2f}")
+        said = (f"{evaluate.STAGES[stage]}: space preference {scores.space_preference(curve):.2f}, slope "
+                f"{scores.space_slope(curve, COUNTS):.2f}")
         assert text.get_text() == said.replace("-", "−") and "nan" not in said
     assert [bar.get_height() for bar in behind.patches] == COUNTS.tolist()
     assert "half diagonals" in axes.get_xlabel() and axes.get_ylabel() == "mIoU (percent)"

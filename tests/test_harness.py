@@ -244,8 +244,8 @@ def test_checkpoint_of_another_system_says_the_command_that_knows_it():
                   "settings": {"system": {"name": "other", "command": "python paper/run.py other"}}}
     runs.refuse_other_system(checkpoint, "other")
     with pytest.raises(ValueError,
-                       match="expected a checkpoint of reclip.*, found one of other, .*: "
-                             "python paper/run.py other"):
+                       match="expected a checkpoint of reclip.*, found one of other, .*: python paper/run.py "
+                             "other"):
         runs.refuse_other_system(checkpoint, "reclip++")
 
 
@@ -887,10 +887,13 @@ def test_long_run_is_logged_at_most_some_200_times(tmp_path):
 
 def test_run_that_is_killed_hard_leaves_whole_files(tmp_path):
     """SIGKILL while it is saving all the time: every file that has a final name can be read."""
-    program = (f"import sys; sys.path[:0] = [{str(ROOT)!r}]\nimport torch\nfrom harness import files\nfrom "
-               "pathlib import Path\nprint('go', flush=True)\nwhile True: "
-               f"files.save(Path({str(tmp_path)!r}, 'a.pt'), "
-               f"{{'stage': 'toy', 'settings': {{}}, 'weights': {{'a': torch.zeros(200_000)}}}})")
+    program = (f"import sys; sys.path[:0] = [{str(ROOT)!r}]\n"
+               "import torch\n"
+               "from harness import files\n"
+               "from pathlib import Path\n"
+               "print('go', flush=True)\n"
+               f"while True: files.save(Path({str(tmp_path)!r}, 'a.pt'), {{'stage': 'toy', 'settings': {{}}, "
+               f"'weights': {{'a': torch.zeros(200_000)}}}})")
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
         process.stdout.readline()
         deadline = time.monotonic() + 60

@@ -35,8 +35,8 @@ SCRIPTS = {                                                                     
     "C1": (0x0080, 0x00A0)}
 WORDS = ("a photo of the cat dog person skyscraper conveyor tvmonitor Photograph IMG_2041.JPG DSC00012 don't "
          "I'm they're we'll he'd 'S 'LL it’s naïve Straße İstanbul ſtraße ΣΊΣΥΦΟΣ ﬁne 42 3.14 1,000 ½ x² № "
-         "👩‍🚀 🇩🇪 ❤️ ... ?! -- // "
-         "#hashtag @user http://a.b/c?d=e&f=g <b>bold</b> aaaaaaaaaaaaaaaaaaaa").split()
+         "👩‍🚀 🇩🇪 ❤️ ... ?! -- // #hashtag @user http://a.b/c?d=e&f=g <b>bold</b> "
+         "aaaaaaaaaaaaaaaaaaaa").split()
 ENTITIES = ["&amp;", "&lt;", "&gt;", "&quot;", "&#39;", "&nbsp;", "&eacute;", "&#x1F600;", "&amp;amp;",
             "&amp;lt;br&amp;gt;", "&amp;#39;", "&amp;amp;amp;", "&notanentity;", "&", "&#0;", "&#xD800;",
             "&#1114112;"]
