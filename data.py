@@ -157,10 +157,9 @@ class StoredFeatures(torch.utils.data.Dataset):
             raise ValueError(f"--cache-features {room:g}: expected room for {needed:.1f} GB, the features of "
                              f"{len(images)} images, found {room:g}. Allow more, or leave the flag out.")
         self.features = setup.kept(
-            "features", shape, lambda: self.look(setup, images, recipe.dense_path, shape), images.seed,
-                                   recipe.dense_path,
-            recipe.short_side, recipe.crop, recipe.scale, recipe.distort,
-                                   image_files.stamps_of(setup.training_images))
+            "features", shape, lambda: self.look(setup, images, recipe.dense_path, shape),
+            images.seed, recipe.dense_path, recipe.short_side, recipe.crop, recipe.scale, recipe.distort,
+            image_files.stamps_of(setup.training_images))
 
     @torch.no_grad()
     def look(self, setup: Setup, images: TrainingImages, path: str, shape: tuple[int, ...]) -> Tensor:
@@ -182,16 +181,14 @@ class StoredFeatures(torch.utils.data.Dataset):
 
 
 def training_batches(dataset: TrainingImages | StoredFeatures, *, batch_size: int, first_step: int,
-                     steps: int, seed: int,
-                     workers: int = 0):
+                     steps: int, seed: int, workers: int = 0):
     """Batches `(images (B, 3, H, W), rows (B,))` for the steps first_step..steps−1.
 
     Every epoch is a fresh permutation; a last batch that is not full is dropped (unless it is the only one).
     """
     batches = Batches(len(dataset), batch_size, first_step, steps, seed)
     return torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers,
-                                       worker_init_fn=ignore_ctrl_c,
-                                       pin_memory=torch.cuda.is_available(), persistent_workers=False)
+                                       worker_init_fn=ignore_ctrl_c, pin_memory=torch.cuda.is_available())
 
 
 def ignore_ctrl_c(_worker: int) -> None:
@@ -298,19 +295,18 @@ class Setup:
         """What the weights of a training depend on: a checkpoint holds it, and a run with other settings is
         not resumed."""
         return {"system": {"name": system.name, "command": system.command}, "data": self.data,
-                "root": self.root,
-                "synonyms": [list(names) for names in self.vocabulary.synonyms], "clip_name": self.clip_name,
-                "clip": self.fingerprint, "activation": self.clip_model.activation, "recipe": asdict(recipe),
-                "seed": self.args.seed, "precision": self.precision, "images": list(self.training_images)}
+                "root": self.root, "synonyms": [list(names) for names in self.vocabulary.synonyms],
+                "clip_name": self.clip_name, "clip": self.fingerprint,
+                "activation": self.clip_model.activation, "recipe": asdict(recipe), "seed": self.args.seed,
+                "precision": self.precision, "images": list(self.training_images)}
 
     def header(self, stage: str, system, recipe) -> dict:
         """What a training prints before it starts and keeps as recipe.json."""
         return {"stage": stage, "system": system.name, "data": self.data, "images": len(self.training_images),
                 "skipped": self.skipped, "classes": len(self.vocabulary),
                 "clip": f"{self.clip_name} ({self.fingerprint}, {self.clip_model.activation})",
-                "device": str(self.device),
-                "precision": self.precision, "seed": self.args.seed, "versions": machine.versions(),
-                "recipe": asdict(recipe)}
+                "device": str(self.device), "precision": self.precision, "seed": self.args.seed,
+                "versions": machine.versions(), "recipe": asdict(recipe)}
 
     def misfits(self, checkpoint: dict) -> dict[str, tuple]:
         """What a checkpoint was made for that is another here: "class list" or "CLIP" → (expected, found)."""
@@ -332,8 +328,8 @@ def open_setup(args: argparse.Namespace, checkpoint: dict | None = None,
     or CLIP's weights are not those of the checkpoint.
     """
     known = checkpoint["settings"] if checkpoint else {}
-    # own words: not Toyland's
-    name = args.data or known.get("data", "toyland" if vocabulary is None else "photo")
+    without_run = "toyland" if vocabulary is None else "photo"      # own words are not Toyland's
+    name = args.data or known.get("data", without_run)
     if vocabulary is None and known and args.classes is None:
         vocabulary = words.vocabulary_of(name, tuple(tuple(names) for names in known["synonyms"]))
     if vocabulary is None:
@@ -361,15 +357,20 @@ def open_setup(args: argparse.Namespace, checkpoint: dict | None = None,
 
 
 def recipe_for(setup: Setup, recipes: dict, numbers: dict[str, dict]):
-    """The recipe of a dataset (of "folder" for a folder), with a system's numbers, then with what the flags
-    say."""
+    """The recipe of a dataset (of "folder" for a folder), with a system's numbers, then with the flags'.
+
+    `numbers`: dataset → field of the recipe → value; under "any" for every dataset.
+    """
     name = setup.data
     if not is_folder(name) and name not in recipes:
         stage = sys.modules[type(recipes["folder"]).__module__]       # "__main__" where it runs as a script
         raise ValueError(f"--data {name}: expected a recipe for it in {Path(stage.__file__).name}, found "
                          f"{', '.join(recipes)}. Add a line to RECIPES there.")
-    own = {**numbers.get("any", {}), **numbers.get(name, {})}
-    recipe = replace(recipes.get(name, recipes["folder"]), **own)
+    if unknown := numbers.keys() - {"any", *recipes}:
+        raise ValueError(f"expected a system's numbers for any, {', '.join(recipes)}; found numbers for "
+                         f"{', '.join(sorted(unknown))}.")
+    key = "folder" if is_folder(name) else name
+    recipe = replace(recipes[key], **numbers.get("any", {}) | numbers.get(key, {}))
     return with_flags(recipe, setup.args, most=len(setup.training_images))
 
 

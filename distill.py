@@ -72,7 +72,7 @@ class Recipe:
     momentum: float = 0.9                   # [code]
     weight_decay: float = 5e-4              # [code]
     poly_power: float = 0.9                 # [code]
-    floor: float = 0.01                    # [code] share of the learning rate that it never falls below: 1e-4
+    floor: float = 0.01                     # [code] share of the learning rate it never falls below: 1e-4
     epochs: int = 100                       # [code]
 
 
@@ -106,8 +106,8 @@ class DeepLabV2(nn.Module):
         resnet = build_resnet(backbone, pretrained)
         self.backbone = nn.Sequential(resnet.conv1, resnet.bn1, resnet.relu, resnet.maxpool,
                                       resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4)
-        self.aspp = nn.ModuleList(nn.Conv2d(resnet.fc.in_features, dim, kernel_size=3, padding=rate,
-                                            dilation=rate)
+        channels = resnet.fc.in_features
+        self.aspp = nn.ModuleList(nn.Conv2d(channels, dim, kernel_size=3, padding=rate, dilation=rate)
                                   for rate in (6, 12, 18, 24))
         for conv in self.aspp:
             nn.init.normal_(conv.weight, std=0.01)
@@ -205,8 +205,7 @@ def feature_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
 
 
 def text_loss(student_features: Tensor, student_masks: Tensor, query: Tensor, hypothesis: Tensor,
-              scale: float,
-              loss: Callable = contrastive_loss) -> Tensor:
+              scale: float, loss: Callable = contrastive_loss) -> Tensor:
     """L_text: the loss of Eq. 7 on the student's own features and masks. Sec. III-E, without a number."""
     return loss(student_features, student_masks, query, hypothesis, scale)
 
@@ -273,6 +272,11 @@ class System(rectify.System):
     teacher: rectify.System | None = None               # whose rectification it learns from; None: its own
     student_numbers: dict[str, dict] = field(default_factory=dict)   # as `numbers`, for the recipe of stage 2
 
+    def __post_init__(self):
+        if self.teacher and (self.rectifier is not self.teacher.rectifier or self.numbers):
+            raise ValueError(f"{self.name}: expected the teacher's rectifier and numbers, since that is who "
+                             "trains them; found others. Leave them out, or leave the teacher out.")
+
 
 def build_student(setup: data.Setup, rectifier: Rectifier, query: Tensor, recipe: Recipe, system: System,
                   pretrained: bool = True) -> Student:
@@ -333,8 +337,7 @@ def main(args: argparse.Namespace, system: System = System()) -> data.Setup:
 
     torch.manual_seed(machine.seed_of(args.seed, "student"))
     student = build_student(setup, rectifier, query, recipe, system)
-    # the network's alone
-    learned = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    learned = [parameter for parameter in student.parameters() if parameter.requires_grad]  # the network's
     optimizer = torch.optim.SGD(learned, lr=recipe.learning_rate, momentum=recipe.momentum,
                                 weight_decay=recipe.weight_decay)
     augment = data.augmentation(recipe.short_side, recipe.crop, recipe.scale, recipe.distort)
@@ -354,8 +357,7 @@ def main(args: argparse.Namespace, system: System = System()) -> data.Setup:
                 seen, taught = teach(rectifier, setup.clip_model, batch, query, student.head.reference,
                                      teacher_recipe.dense_path)
                 losses = train_step(student, seen, taught, batch, votes[rows].to(setup.device),
-                                    teacher_recipe, recipe,
-                                    noise, system.loss)
+                                    teacher_recipe, recipe, noise, system.loss)
             training.descend(losses["loss"], learning_rate(recipe, step, steps), [ids[row] for row in rows])
             training.done(**{name: loss.item() for name, loss in losses.items()})
     return setup

@@ -167,6 +167,12 @@ def logits_of_all(setup: data.Setup, found: dict[str, Predictor], image: Tensor)
             for stage, predictor in found.items()}
 
 
+def command(stage: str, system: distill.System) -> str:
+    """What makes a stage of a system. Stage 1 of a student of ReCLIP++ is ReCLIP++'s."""
+    made_by = system.teacher or system if stage == "rectify" else system
+    return f"python {stage}.py" if made_by.name == ReCLIPpp.name else f"{made_by.command} --stage {stage}"
+
+
 def title(stage: str, system: str) -> str:
     return STAGES[stage] if system == ReCLIPpp.name else f"{STAGES[stage].split()[-1]}, {system}"
 
@@ -176,7 +182,7 @@ def titled(found: dict[str, Predictor]) -> dict[str, Predictor]:
     return {title(stage, predictor.system): predictor for stage, predictor in found.items()}
 
 
-def existing_stages(setup: data.Setup) -> list[str]:
+def existing_stages(setup: data.Setup, system: distill.System = ReCLIPpp) -> list[str]:
     """vanilla and maskclip always; rectify where its checkpoint is; distill if it is the student of that
     teacher."""
     teacher, student = (setup.folder(stage) / "checkpoint.pt" for stage in ("rectify", "distill"))
@@ -190,7 +196,7 @@ def existing_stages(setup: data.Setup) -> list[str]:
         other = [f"rectification than {teacher}"]
     if other:
         print(f"{student} was made with another {' and another '.join(other)}: left out. Make it anew with: "
-              "python distill.py")
+              f"{command('distill', system)}")
         return stages
     return [*stages, "distill"]
 
@@ -331,9 +337,8 @@ def fingerprint(setup: data.Setup, stage: str, predictor: Predictor, images: int
     """What a stage's numbers depend on besides the code."""
     checkpoint = setup.folder(stage) / "checkpoint.pt"
     return {"stage": stage, "system": predictor.system, "data": setup.data, "images": images,
-            "of": len(setup.validation_images),
-            "classes": setup.vocabulary.names, "short_side": predictor.short_side,
-            "precision": setup.precision, "clip": setup.fingerprint,
+            "of": len(setup.validation_images), "classes": setup.vocabulary.names,
+            "short_side": predictor.short_side, "precision": setup.precision, "clip": setup.fingerprint,
             "dense_path": stage_1_recipe(setup).dense_path,
             "weights": sha256(checkpoint)[:16] if checkpoint.exists() else None}
 
@@ -355,8 +360,8 @@ def after_training(setup: data.Setup, stage: str, system: distill.System = ReCLI
     picture_sheet(setup, titled(found), labels, folder / "preview.png")
     print(f"Wrote {folder}/: checkpoint.pt, recipe.json, log.jsonl, "
           f"{'metrics.json, ' if labels else ''}preview.png")
-    following = "distill.py" if stage == "rectify" else "evaluate.py"
-    print(f"\nNext: python {following}{common.repeated(setup.args)}")
+    following = command("distill" if stage == "rectify" else "evaluate", system)
+    print(f"\nNext: {following}{common.repeated(setup.args)}")
 
 
 def print_table(metrics: dict, per_class: bool = False) -> None:
@@ -494,9 +499,9 @@ def main(args: argparse.Namespace, system: distill.System = ReCLIPpp) -> dict:
                   "orientation. Labels are taken as upright, as a viewer shows the photograph.")
     for stage in ("rectify", "distill"):
         if not (setup.folder(stage) / "checkpoint.pt").exists():
-            print(f"No checkpoint of {stage} in {setup.folder(stage)}: left out. Make it with: python "
-                  f"{stage}.py --data {setup.data}{common.repeated(args)}")
-    found = predictors(setup, query, existing_stages(setup), system)
+            print(f"No checkpoint of {stage} in {setup.folder(stage)}: left out. Make it with: "
+                  f"{command(stage, system)} --data {setup.data}{common.repeated(args)}")
+    found = predictors(setup, query, existing_stages(setup, system), system)
     metrics = measure(setup, found, labels, args.prompt_denoising, args.key_smoothing)
     print_table(metrics, per_class=True)
     files.write_json(folder / "metrics.json", metrics)

@@ -432,8 +432,7 @@ def main(args: argparse.Namespace, system: System = System()) -> data.Setup:
                        setup.header("rectify", system, recipe), rectifier.train(), optimizer, steps=steps,
                        steps_per_epoch=per_epoch, resume=args.resume, save_every=args.save_every) as training:
         batches = data.training_batches(dataset, batch_size=recipe.batch_size, first_step=training.first_step,
-                                        steps=steps,
-                                        seed=args.seed, workers=setup.workers)
+                                        steps=steps, seed=args.seed, workers=setup.workers)
         for step, (batch, rows) in enumerate(batches, start=training.first_step):
             noise.manual_seed(machine.seed_of(args.seed, "gumbel", step))
             batch = batch.to(setup.device, non_blocking=True)

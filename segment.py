@@ -31,8 +31,7 @@ def flags() -> argparse.ArgumentParser:
     extra.add_argument("--background", metavar="MODE", default="none",
                        help='none: every pixel gets a class; "words: floor, ceiling": further words whose '
                             'pixels count as background (needs MaskCLIP or vanilla); "threshold: 0.5": '
-                            'pixels whose best class has '
-                            "less probability than that (default: none)")
+                            'pixels whose best class has less probability than that (default: none)')
     extra.add_argument("--export", type=common.path, metavar="FILE",
                        help="write the distilled student, without CLIP, as FILE.pt2 (torch.export) or "
                             "FILE.onnx (needs onnx and onnxscript), and segment nothing")
@@ -78,8 +77,7 @@ def parse_background(mode: str) -> tuple[str, list[str] | float | None]:
         except ValueError:
             pass
     raise ValueError('--background: expected none, "words: floor, ceiling" or "threshold: 0.5" (between 0 '
-                     'and 1); '
-                     f"found {mode!r}.")
+                     f'and 1); found {mode!r}.')
 
 
 def segment(logits: Tensor, size: tuple[int, int], classes: int, scale: float,
@@ -113,26 +111,17 @@ class Segmenter:
 
         from segment import Segmenter
         segmenter = Segmenter(out="runs")          # or data="voc", stage="rectify", classes="cat, sofa, wall"
-        # (H, W) uint8: numbers of segmenter.names, 255 background
         classes = segmenter(Image.open("photo.jpg"))
 
-    A list of images gives a list. Raises ValueError, FileNotFoundError as segment.py does, TypeError for
-    another keyword.
+    The result is (H, W) uint8: numbers of segmenter.names, 255 for background. A list of images gives a list.
+    Raises ValueError, FileNotFoundError as segment.py does, TypeError for another keyword.
     """
 
     def __init__(self, **keywords):
-        args = flags().parse_args([])
-        if unknown := set(keywords) - set(vars(args)):
-            raise TypeError(f"Segmenter: expected {', '.join(vars(args))}, found "
-                            f"{', '.join(sorted(unknown))}.")
-        self.prepare(argparse.Namespace(**vars(args) | keywords))
-
-    @classmethod
-    def of(cls, args: argparse.Namespace) -> Segmenter:
-        return cls(**vars(args))
-
-    def prepare(self, args: argparse.Namespace) -> None:
-        """Find the run and the stage, open CLIP, and build what predicts."""
+        usual = vars(flags().parse_args([]))
+        if unknown := keywords.keys() - usual:
+            raise TypeError(f"Segmenter: expected {', '.join(usual)}, found {', '.join(sorted(unknown))}.")
+        args = argparse.Namespace(**usual | keywords)
         kind, value = parse_background(args.background)
         checkpoint = runs.find(args.out, args.data, "rectify", "distill")
         words = wanted_vocabulary(args, checkpoint)
@@ -141,8 +130,7 @@ class Segmenter:
             checkpoint, words = None, wanted_vocabulary(args, None)            # nothing was trained for these
         if checkpoint is None and words is None and args.data is None and args.photo is not None:
             raise ValueError("segment.py: expected words to look for; found no --classes and no trained "
-                             "run. For "
-                             f'instance: python segment.py {args.photo} --classes "cat, sofa, wall"')
+                             f'run. For instance: python segment.py {args.photo} --classes "cat, sofa, wall"')
         self.setup = setup = data.open_setup(args, checkpoint, vocabulary=words)
         self.names, self.palette = setup.vocabulary.names, setup.vocabulary.palette
         stages = evaluate.existing_stages(setup) if checkpoint else ["vanilla", "maskclip"]
@@ -193,9 +181,9 @@ class Segmenter:
         image, side = torch.rand(1, 3, 96, 128), torch.export.Dim.AUTO
         program = torch.export.export(student, (image,), dynamic_shapes=({2: side, 3: side},))
         about = self.metadata()
-        path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".pt2":
-            torch.export.save(program, path, extra_files={"metadata.json": json.dumps(about, indent=1)})
+            about = {"metadata.json": json.dumps(about, indent=1)}
+            files.write_atomically(path, lambda file: torch.export.save(program, file, extra_files=about))
             return path
         try:
             import onnx
@@ -203,11 +191,10 @@ class Segmenter:
         except ImportError as missing:
             raise ValueError(f"--export {path}: expected the packages onnx and onnxscript, found no "
                              f"{missing.name}. pip install onnx onnxscript, or export to .pt2.") from None
-        torch.onnx.export(program, (image,), path, input_names=["image"], output_names=["logits"],
-                          dynamic_shapes=({2: "height", 3: "width"},), dynamo=True, external_data=False)
-        model = onnx.load(path)
+        model = torch.onnx.export(program, (image,), input_names=["image"], output_names=["logits"],
+                                  dynamic_shapes=({2: "height", 3: "width"},), dynamo=True).model_proto
         onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in about.items()})
-        onnx.save(model, path)
+        files.write_atomically(path, lambda file: file.write(model.SerializeToString()))
         return path
 
     def metadata(self) -> dict:
@@ -231,6 +218,8 @@ class Exported(torch.nn.Module):
         self.student = copy.deepcopy(student)
         self.register_buffer("mean", torch.tensor(data.MEAN).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(data.STD).view(3, 1, 1))
+        for buffer in self.buffers():                   # the positions lie in another order in memory
+            buffer.data = buffer.data.contiguous()
 
     def forward(self, image: Tensor) -> Tensor:
         return self.student.logits((image - self.mean) / self.std)
@@ -270,7 +259,7 @@ def main(args: argparse.Namespace) -> Path:
     """Segment one photo and return the overlay's path; with --export, write the student and return its
     path."""
     photo = None if args.photo is None else open_image(Path(args.photo))
-    segmenter = Segmenter.of(args)
+    segmenter = Segmenter(**vars(args))
     if args.export is not None:
         path = segmenter.export(args.export)
         print(f"Wrote {path}: the student of {len(segmenter.names)} classes, without CLIP.")

@@ -74,7 +74,7 @@ def read_classes(path: Path) -> tuple[tuple[str, ...], ...]:
 
 NUMBERED = re.compile(r"^(\d+)(?:\s*[:,;=.)-]\s*|\s+)(\S.*)$")
 COLOURS = re.compile(r"(?:^|[:,;\s])\d{1,3}(?:[,;\s]+\d{1,3}){2}(?!\w)")       # beside a name: 128,64,0
-FOREIGN = re.compile(r"[:|=<>{}]|\s#|#[0-9a-f]{6}", re.IGNORECASE)           # of YAML, tables, code
+FOREIGN = re.compile(r"[:|=<>]|\s#|#[0-9a-f]{6}", re.IGNORECASE)             # of YAML, tables, code
 
 
 def class_lines(text: str, source: str) -> list[str]:

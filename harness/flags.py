@@ -17,9 +17,9 @@ def parser(description: str, *groups: str) -> argparse.ArgumentParser:
     parser = plain_parser(description)
     what = parser.add_argument_group("what to work on")
     what.add_argument("--data", type=path, metavar="NAME|FOLDER",
-                      help="toyland, voc, context, ade, cityscapes, coco (all that datasets/ describes), or "
-                           "a folder of your own images, ./voc if it is named so (default: that of the "
-                           "newest run in --out, else toyland)")
+                      help="toyland, voc, context, context-voc-first, ade, cityscapes, coco (whatever "
+                           "datasets/ describes), or a folder of your own images, ./voc if it is named so "
+                           "(default: that of the newest run in --out, else toyland)")
     what.add_argument("--root", type=path, metavar="DIR", help="where datasets lie (default: data)")
     what.add_argument("--download", action="store_true",
                       help="fetch the dataset if it is missing (voc alone)")

@@ -48,8 +48,7 @@ def find(out: str, data: str | None, *stages: str) -> dict | None:
 # ------------------------------------------------------------------------------------------ checkpoints
 
 SETTINGS = {"system": dict, "data": str, "root": str, "clip_name": str, "clip": str, "synonyms": list,
-            "recipe": dict,
-            "activation": str, "seed": int, "precision": str, "images": list}
+            "recipe": dict, "activation": str, "seed": int, "precision": str, "images": list}
 
 
 def load(path: Path, stage: str, needs: dict[str, type] = SETTINGS) -> dict:
@@ -114,7 +113,7 @@ def refuse_other_system(checkpoint: dict, name: str) -> None:
     if made_by.get("name") != name:
         raise ValueError(f"{checkpoint['path']}: expected a checkpoint of {name}, found one of "
                          f"{made_by.get('name')}, whose parts are not known here. Use: "
-                         f"{made_by.get('command')}")
+                         f"{made_by.get('command')}; or keep both, with another --out.")
 
 
 def refuse_unless(path: Path, what: str, expected, found) -> None:
@@ -152,8 +151,8 @@ class Training:
     """
 
     def __init__(self, folder: Path, stage: str, settings: dict, header: dict, model, optimizer, *,
-                 steps: int,
-                 steps_per_epoch: int, resume: bool, save_every: float = 10.0, also: dict | None = None):
+                 steps: int, steps_per_epoch: int, resume: bool, save_every: float = 10.0,
+                 also: dict | None = None):
         self.folder, self.stage, self.settings, self.header = folder, stage, plain(settings), plain(header)
         self.model, self.optimizer, self.also = model, optimizer, also or {}
         self.steps, self.per_epoch, self.resume = steps, steps_per_epoch, resume
@@ -234,12 +233,12 @@ class Training:
         """One step of the optimiser at a learning rate (None: as it is set). Raises ValueError for a loss
         that is NaN or infinite, before it can touch a weight; `ids` names the images it came from."""
         if not loss.isfinite():
-            rate = self.optimizer.param_groups[0]["lr"] if rate is None else rate
+            smaller = "start anew with a smaller one in the optimizer of this script" if rate is None else \
+                f"start anew with --learning-rate {rate / 10:.1g}"
             raise ValueError(
                 f"the loss of step {self.step} is {loss.item()}, expected a finite number. The images were "
                 f"{', '.join(ids)}. The last good state stays in {self.unfinished}. A smaller learning rate "
-                f"usually mends it: start anew with --learning-rate {rate / 10:.1g} and another --out, which "
-                "keeps this run.")
+                f"usually mends it: {smaller} and another --out, which keeps this run.")
         for group in self.optimizer.param_groups:
             group["lr"] = group["lr"] if rate is None else rate
         self.optimizer.zero_grad()

@@ -454,10 +454,12 @@ def test_a_part_that_nothing_looks_up_raises():
 def test_a_number_that_no_recipe_has_raises(tmp_path):
     setup = toy_setup(tmp_path)
     setup.training_images = {"a": Path("a.png"), "b": Path("b.png")}
-    for numbers in ({"any": {"no_such_number": 1}}, {"toys": {"no_such_number": 1}}):
-        with pytest.raises(TypeError, match="no_such_number"):
+    for numbers, error, named in (({"any": {"no_such_number": 1}}, TypeError, "no_such_number"),
+                                  ({"folder": {"no_such_number": 1}}, TypeError, "no_such_number"),
+                                  ({"vco": {"epochs": 3}}, ValueError, "numbers for vco")):
+        with pytest.raises(error, match=named):
             rectify.recipe_of(setup, rectify.System(numbers=numbers))
-        with pytest.raises(TypeError, match="no_such_number"):
+        with pytest.raises(error, match=named):
             data.recipe_for(setup, distill.RECIPES, distill.System(student_numbers=numbers).student_numbers)
     found = rectify.recipe_of(setup, rectify.System(numbers={"any": {"epochs": 3}, "voc": {"epochs": 4}}))
     assert found == replace(rectify.RECIPES["folder"], epochs=3)

@@ -287,33 +287,33 @@ def read_export(path: Path) -> tuple:
         about = {"metadata.json": ""}
         program = torch.export.load(path, extra_files=about).module()
         return program, json.loads(about["metadata.json"])
-    session = pytest.importorskip("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
+    import onnxruntime
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     about = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
     return lambda image: torch.from_numpy(session.run(None, {"image": image.numpy()})[0]), about
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ending", ["pt2", "onnx"])
-def test_exported_student_is_used_as_its_metadata_says(distilled, ending):
-    """By hand, from nothing but the file: the classes that segment.py writes, for photos of three sizes."""
-    if ending == "onnx":
-        pytest.importorskip("onnxscript")
+@pytest.mark.parametrize("ending, least", [("pt2", 1.0), ("onnx", 0.999)])
+def test_exported_student_is_used_as_its_metadata_says(distilled, ending, least):
+    """From nothing but the file, every pixel has the class that segment.py writes, for photos of three sizes;
+    in onnxruntime, whose sums are rounded otherwise, 99.9 % of them have."""
     path = run(segment, "--export", f"made/student.{ending}")
     assert path == Path(f"made/student.{ending}") and not Path("runs/segment").exists()
     program, about = read_export(path)
     assert about["classes"] == ["cat", "sofa", "wall"] and len(about["colours"]) == 3
     for number, size in enumerate(((40, 56), (90, 31), (33, 33))):
-        photo(*size, seed=number).save(f"{number}.png")
+        image = photo(*size, seed=number)
+        image.save(f"{number}.png")
         run(segment, f"{number}.png")
-        image = torch.from_numpy(np.array(Image.open(f"{number}.png"))).permute(2, 0, 1)[None].float() / 255
         scale = min(about["short_side"] / min(size), about["longest_side"] / max(size))
         sides = [about["multiple"] * max(1, round(scale * side / about["multiple"])) for side in size]
-        small = F.interpolate(image, size=sides, mode="bilinear", antialias=True)
+        small = image.resize(sides[::-1], Image.Resampling.BILINEAR)
         with torch.no_grad():
-            logits = program(small)
+            logits = program(torch.from_numpy(np.array(small)).permute(2, 0, 1)[None].float() / 255)
         assert logits.shape == (1, 3, -(-sides[0] // 8), -(-sides[1] // 8))
         best = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)[0].argmax(dim=0)
-        assert (best.numpy() == index_of(name=str(number))).mean() > 0.98       # 8 bits of the resized photo
+        assert (best.numpy() == index_of(name=str(number))).mean() >= least
 
 
 @pytest.mark.parametrize("flags, parts", [
