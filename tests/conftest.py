@@ -1,4 +1,4 @@
-"""What all tests share: the project's folder on the path, the mark `slow`, no progress bars."""
+"""What all tests share: the project's folder on the path, the mark `slow`, one thread, no progress bars."""
 
 import os
 import sys
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 os.environ["TQDM_DISABLE"] = "1"           # read when tqdm is imported: bars would fill the logs of the tests
+os.environ.setdefault("OMP_NUM_THREADS", "1")       # read when torch is imported: processes share the cores
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -14,6 +15,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 def pytest_configure(config):
     config.addinivalue_line("markers", 'slow: takes more than a few seconds; leave out with -m "not slow"')
+
+
+def pytest_xdist_auto_num_workers(config):
+    """Processes that share the whole suite. A single file is done sooner without others, which have to start."""
+    return min(4, os.cpu_count() or 1) if all(Path(arg).is_dir() for arg in config.args) else 0
 
 
 @pytest.fixture(scope="session")

@@ -208,6 +208,7 @@ def blank_texts(folder: Path) -> dict[str, str]:
             for file in {sources.split(one)[0] for one in FUNCTIONS}}
 
 
+@pytest.mark.slow
 def test_each_exercise_alone_turns_green_and_all_of_them_in_any_order(student):
     blank, numbers = blank_texts(student), [one.number for one in CLOSED]
     steps = [{"files": pasted(blank, one), "only": numbers} for one in CLOSED]
@@ -225,6 +226,7 @@ def test_each_exercise_alone_turns_green_and_all_of_them_in_any_order(student):
     assert all("not written yet (exercise" in reason for reason in red[-1].values())
 
 
+@pytest.mark.slow
 def test_everything_that_is_not_blank_runs(student):
     code = ("import data, rectify, distill, evaluate, segment, clip, paper.run, paper.reproduce, "
             "datasets.labels, toyland.pretrain, toyland.world as w; w.scene('val', 0); "
@@ -494,12 +496,14 @@ def test_hostile_code_at_the_top_level_is_not_run_and_not_believed(tmp_path):
     assert test["score"] == 0 and "ended before it had answered" in test["output"]
 
 
+@pytest.mark.slow
 def test_an_endless_loop_ends_when_the_time_is_over(tmp_path):
     test, seconds = marked(submission(tmp_path / "in", "while True:\n    pass"), "--seconds", "6")
     assert test["score"] == 0 and "the time was over" in test["output"], test
     assert seconds < 60
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes are found in /proc")
 def test_a_fork_that_lives_on_is_ended(tmp_path):
     """It leaves its group and holds the answers' pipe open; neither keeps the grader waiting."""
