@@ -1,19 +1,26 @@
 """What a stage works on: images as tensors, in batches, and beside them the words and the frozen CLIP.
 
-No label is read here: `TrainingImages` yields images and ids and has no way to a label. Where files lie is
-told by datasets/images.py, what the classes are called by datasets/words.py; labels are read by
-datasets/labels.py, which nothing that trains imports.
+No label is read here: `TrainingImages` yields images and row numbers and has no way to a label. Where files
+lie is told by datasets/images.py, what the classes are called by datasets/words.py; labels are read by
+datasets/labels.py, which nothing imports here.
 
-One image's way to the loss (VOC's recipe, ViT-B/16):
+One image's way to the loss (VOC's recipes, ViT-B/16), stage 1:
 
     a file           datasets/images.py  read_image        RGB, upright, any size
     a training image data.py  augmentation                 (3, 336, 336), CLIP's mean and std
-    a batch          data.py  training_batches             (B, 3, 336, 336), ids
+    a batch          data.py  training_batches             (B, 3, 336, 336), rows
     features Z       clip/model.py  encode_dense           (B, 512, 21, 21), unit vectors
-    its hypothesis H rectify.py  count_votes, Eq. 6        (B, 20), from 121 windows of it, counted once
+    its hypothesis H rectify.py  count_votes, Eq. 6        (B, 20), f from 121 windows, counted once; f > t
     M_q, M, M_o      rectify.py  train_step, Eq. 1 to 4    (B, 20, 21, 21)
     masks            Eq. 5                                 (B, 20, 21, 21), one 1 a patch
     the loss         Eq. 7                                 a number
+
+stage 2, where B images of 512×512 go through teacher and student:
+
+    teacher's M_o    distill.py  teach                     (B, 20, 32, 32), from Z (B, 512, 32, 32)
+    student's Ẑ      distill.py  DeepLabV2                 (B, 512, 64, 64)
+    student's M^D    distill.py  Inherited                 (B, 20, 64, 64)
+    three losses     distill.py  train_step, Eq. 8 to 10   numbers; the teacher's maps resized to 64×64
 """
 
 from __future__ import annotations
@@ -35,9 +42,8 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 import clip
-from clip import MEAN, STD                        # CLIP's, for every network here: ImageNet's would shift the
-from datasets import is_folder, images as image_files   # colours that CLIP was trained on
-from datasets import words
+from clip import MEAN, STD              # for every network: ImageNet's are not what CLIP was trained with
+from datasets import is_folder, images as image_files, words
 from harness import files, machine, runs
 from harness.flags import with_flags
 from harness.machine import seed_of
@@ -347,7 +353,7 @@ def open_setup(args: argparse.Namespace, checkpoint: dict | None = None,
                          f"{tokens}.")
     model.requires_grad_(False)                                # frozen for ever: no gradient is even recorded
     if args.compile:
-        for block in model.visual.transformer.resblocks:
+        for block in model.visual.transformer.resblocks[:-1]:
             block.compile()
     setup = Setup(name, root, vocabulary, model, clip_name, args)
     refuse_another_folder(setup)

@@ -25,12 +25,7 @@ from harness import errors, flags as common
 
 
 def flags() -> argparse.ArgumentParser:
-    parser = common.parser(__doc__, "training")
-    parser.add_argument_group("student").add_argument(
-        "--backbone", choices=("small", "resnet50", "resnet101"),
-        help="torchvision's ResNet-50 or -101 with its ImageNet weights, or the small one of Toyland "
-             "(default: small for toyland, else resnet50)")
-    return parser
+    return common.parser(__doc__, "training", "student")
 
 
 if __name__ == "__main__":
@@ -59,7 +54,7 @@ from toyland import networks
 @dataclass(frozen=True)
 class Recipe:
     """Every number of stage 2: those of VOC, with their sources. RECIPES says what differs."""
-    backbone: Literal["small", "resnet50", "resnet101"] = "resnet50"    # [code] ImageNet initialisation
+    backbone: Literal[common.BACKBONES] = "resnet50"    # [code] ImageNet initialisation
     feature_weight: float = 0.5             # [paper] α
     text_weight: float = 0.5                # [paper] β
     losses_at: Literal["grid", "image"] = "grid"    # Eq. 8, 9 at the student's grid [ours: memory] or [paper]
@@ -78,9 +73,9 @@ class Recipe:
 
 RECIPES = {
     "voc": Recipe(),
-    "context": Recipe(short_side=520, crop=(480, 480), epochs=150),     # [code] scale (520, 520)
+    "context": Recipe(short_side=520, crop=(480, 480), epochs=150),     # [code] its img_scale: (520, 520)
     "ade": Recipe(epochs=150),                                          # [code]
-    "cityscapes": Recipe(epochs=100),                                   # [code] scale (1024, 512)
+    "cityscapes": Recipe(epochs=100),                                   # [code] its img_scale: (1024, 512)
     "coco": Recipe(epochs=50),                                          # [code]
     "folder": Recipe(),                                                 # [ours: VOC's]
     # [ours] A student and pictures for two cores. With the rate of VOC it learns less: after two epochs 30
@@ -114,7 +109,7 @@ class DeepLabV2(nn.Module):
             nn.init.zeros_(conv.bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.backbone(images)                                               # (B, 2048, h, w)
+        x = self.backbone(images)                             # (B, 2048, h, w), with Toyland's 128
         x = sum(conv(x) for conv in self.aspp)                                  # (B, D, h, w)
         return F.normalize(x.float(), dim=1)                # the inherited head expects cosines, as from CLIP
 
@@ -126,12 +121,12 @@ def build_resnet(backbone: str, pretrained: bool) -> torchvision.models.ResNet:
     """
     if backbone == "small":
         return networks.small_resnet(pretrained)
-    models = torchvision.models
-    build, weights = {"resnet50": (models.resnet50, models.ResNet50_Weights.IMAGENET1K_V1),
-                      "resnet101": (models.resnet101, models.ResNet101_Weights.IMAGENET1K_V1)}[backbone]
+    resnet = torchvision.models.get_model(backbone, replace_stride_with_dilation=[False, True, True])
+    weights = torchvision.models.get_model_weights(backbone)["IMAGENET1K_V1"]
     try:
-        return build(weights=weights if pretrained else None,
-                     replace_stride_with_dilation=[False, True, True])
+        if pretrained:
+            resnet.load_state_dict(weights.get_state_dict(check_hash=True))
+        return resnet
     except (OSError, RuntimeError) as error:
         raise OSError(f"expected the ImageNet weights of {backbone} to start the student with, found none "
                       f"that could be read or fetched ({error}). Connect once, or put "
@@ -188,7 +183,7 @@ def mask_loss(student_logits: Tensor, pseudo_label: Tensor) -> Tensor:
     """L_mask: cross-entropy of the student's M^D against the teacher's rectified masks. Eq. 8, Sec. III-E.
 
     student_logits (B, C, h, w); pseudo_label (B, h, w) int64 in 0..C−1. The mean over all places of the
-    student's grid; the paper's is over the H·W pixels of the image. Every place counts: the released code
+    student's grid (`losses_at`: of the image, as in the paper). Every place counts: the released code
     leaves out pixels that the ground truth does not know, which no unsupervised training may know.
     """
     return F.cross_entropy(student_logits.float(), pseudo_label)
@@ -197,9 +192,10 @@ def mask_loss(student_logits: Tensor, pseudo_label: Tensor) -> Tensor:
 def feature_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
     """L_feat: mean absolute difference of the student's Ẑ and CLIP's Z. Eq. 9, Sec. III-E.
 
-    (B, D, h, w) and (B, D, h', w'), unit vectors. The paper resizes both to the image, which at 512 pixels
-    takes twice 16 × 512 × 512 × 512 numbers, 17 GB; we resize the teacher's (bilinear) to the student's grid.
-    The gradient reaches the student: the released code detaches it, so that this loss trained nothing.
+    (B, D, h, w) and (B, D, h', w'), unit vectors. The teacher's are resized (bilinear) to the student's grid.
+    The paper resizes both to the image (`losses_at`), which at 512 pixels takes twice 16 × 512 × 512 × 512
+    numbers, 17 GB. The gradient reaches the student: the released code detaches it, so that this loss trained
+    nothing.
     """
     return F.l1_loss(student_features, resized(teacher_features, student_features.shape[-2:]))
 

@@ -506,8 +506,9 @@ def main(args: argparse.Namespace, system: distill.System = ReCLIPpp) -> dict:
     print_table(metrics, per_class=True)
     files.write_json(folder / "metrics.json", metrics)
     picture_sheet(setup, titled(found), labels, folder / "preview.png")
-    print(f"\nWrote {folder}/: metrics.json, preview.png\n"
-          f"Next: python segment.py YOUR_PHOTO.jpg{common.repeated(args)}")
+    print(f"\nWrote {folder}/: metrics.json, preview.png")
+    if system.name == ReCLIPpp.name:
+        print(f"Next: python segment.py YOUR_PHOTO.jpg{common.repeated(args)}")
     return metrics
 
 

@@ -60,11 +60,11 @@ class Recipe:
     prompt_length: int = 73                 # [paper] 77 = start + 73 + two name tokens + end
     window_ratio: float = 1 / 6             # [paper] r of Eq. 6
     vote_threshold: float = 0.07            # [paper] t of Eq. 6
-    mask_scale: float = 100.0            # [code] factor on M_o before the draw of Eq. 5 (see rectified_masks)
-    loss_scale: float = 100.0          # [code] 1/τ of Eq. 7: exp(logit_scale), which is 100 in OpenAI's CLIPs
+    mask_scale: float = 100.0               # [code] factor on M_o in Eq. 5 (see rectified_masks)
+    loss_scale: float = 100.0               # [code] 1/τ of Eq. 7: exp(logit_scale), 100 in OpenAI's CLIPs
     short_side: int = 336                   # [code] pixels
     crop: tuple[int, int] = (336, 336)      # [code] height, width
-    scale: tuple[float, float] = (0.5, 2.0)   # [code] random scale of the short side
+    scale: tuple[float, float] = (0.5, 2.0)  # [code] random scale of the short side
     distort: bool = True                    # [code] photometric distortion
     batch_size: int = 1                     # [code]
     learning_rate: float = 0.01             # [paper]
@@ -73,7 +73,7 @@ class Recipe:
     poly_power: float = 0.9                 # [paper]
     horizon: int = 200                      # [code] epochs at which the poly schedule would reach zero
     epochs: int = 50                        # [code] epochs after which training stops
-    cache_features: float = 0.0            # [ours] GB: one look of CLIP at every image for all epochs; 0: off
+    cache_features: float = 0.0             # [ours] GB: one look of CLIP at every image; 0: a look each epoch
 
 
 RECIPES = {
@@ -83,8 +83,7 @@ RECIPES = {
     "context": Recipe(vote_threshold=0.0, short_side=448, crop=(480, 480), horizon=400, epochs=50),
     "ade": Recipe(vote_threshold=0.0, short_side=512, crop=(512, 512), horizon=600, epochs=100),
     "cityscapes": Recipe(vote_threshold=0.07, short_side=448, crop=(512, 512), batch_size=16,
-                         learning_rate=0.16,
-                         horizon=300, epochs=50),
+                         learning_rate=0.16, horizon=300, epochs=50),
     "coco": Recipe(vote_threshold=0.0, short_side=512, crop=(512, 512), horizon=800, epochs=100),
     # [ours] Images of unknown kind: VOC's numbers, but any class that wins one window may be there.
     "folder": Recipe(vote_threshold=0.0),
@@ -94,12 +93,10 @@ RECIPES = {
     # drawn again and dies; with loss_scale=20 or more large stuffs are sure of themselves too soon and leave
     # their doubtful patches to things.
     "toyland": Recipe(dense_path="value", window_ratio=1 / 4, vote_threshold=0.05, mask_scale=2.0,
-                      loss_scale=12.0,
-                      short_side=144, crop=(144, 192), scale=(1.0, 1.0), distort=False, batch_size=8,
-                      learning_rate=0.1, horizon=8, epochs=8),
+                      loss_scale=12.0, short_side=144, crop=(144, 192), scale=(1.0, 1.0), distort=False,
+                      batch_size=8, learning_rate=0.1, horizon=8, epochs=8),
 }
-# the same images; only the label files number classes otherwise
-RECIPES["context-voc-first"] = RECIPES["context"]
+RECIPES["context-voc-first"] = RECIPES["context"]     # the same images: only the labels' numbering is another
 
 # ------------------------------------------------------------------------------------------ what CLIP says
 

@@ -17,6 +17,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from harness import errors
 from toyland import world as toyland
 
 IGNORE = 255                                # a label value, and a class, that no measure counts
@@ -81,16 +82,17 @@ def described(path: Path) -> Dataset:
     return dataset
 
 
-DATASETS = {
-    "toyland": Dataset(
-        title="Toyland", places=["toyland"], tree="toyland/{images,labels}", archive="nothing: it is drawn",
-        page="toyland/README.md", counts={"train": toyland.TRAIN_SCENES, "val": toyland.VAL_SCENES},
-        splits={"train": "train", "val": "val"}, images="images/{split}/{id}.png",
-        labels={"indices": "labels/{split}/{id}.png"}, ignored={"indices": [IGNORE]},
-        classes=[{"name": name, "colour": list(colour), "indices": [number]}
-                 for number, (name, colour) in enumerate(zip(toyland.CLASSES, toyland.PALETTE))]),
-    **{path.stem: described(path) for path in sorted(Path(__file__).parent.glob("*.json"))},
-}
+TOYLAND = Dataset(
+    title="Toyland", places=["toyland"], tree="toyland/{images,labels}", archive="nothing: it is drawn",
+    page="toyland/README.md", counts={"train": toyland.TRAIN_SCENES, "val": toyland.VAL_SCENES},
+    splits={"train": "train", "val": "val"}, images="images/{split}/{id}.png",
+    labels={"indices": "labels/{split}/{id}.png"}, ignored={"indices": [IGNORE]},
+    classes=[{"name": name, "colour": list(colour), "indices": [number]}
+             for number, (name, colour) in enumerate(zip(toyland.CLASSES, toyland.PALETTE))])
+
+with errors.one_paragraph():                # read at import: no script's own frame is there yet
+    DATASETS = {"toyland": TOYLAND,
+                **{path.stem: described(path) for path in sorted(Path(__file__).parent.glob("*.json"))}}
 
 
 def is_folder(data: str) -> bool:

@@ -296,7 +296,7 @@ def main(args: argparse.Namespace) -> list[str]:
                 doubts, wrong = own_labels(found, of_split, words.names, counts)
                 unknown += doubts
                 problems += wrong
-            if name in DATASETS and "context" in name:
+            if name in ground_truth.context_orders().values():
                 print_both_orders(name, counts)
     if unknown:
         print("\nNot known:")

@@ -332,7 +332,8 @@ def closer(label: str, image: str) -> bool:
 def listed(path: Path, base: Path, pattern: str, tree: str) -> dict[str, Path]:
     """The images that the list `path` names, one id a line. Raises naming the first that is missing."""
     if not path.is_file():
-        raise FileNotFoundError(f"expected the list {path}, found none. The tree should be {tree}.")
+        raise FileNotFoundError(f"expected the list {path}, found none. The tree should be {tree}; a "
+                                "dataset without lists leaves out the key \"lists\" of its description.")
     def image_of(one: str) -> Path | None:
         return existing(base / pattern.replace("{id}", one))
 

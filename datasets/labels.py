@@ -1,7 +1,8 @@
 """Ground truth: the one file that reads label pictures. For evaluation, after all training is done.
 
-Imported by what measures (evaluate.py, paper/, datasets/check.py), not by rectify.py, distill.py or what
-these import: what is read here can reach no training. Label files differ in what their values mean;
+Imported by what measures (evaluate.py, paper/, exercises/lecture.py, datasets/check.py), not by rectify.py,
+distill.py or what these import before their last lines, when training is done: what is read here can reach no
+training (tests/test_house.py, tests/test_scripts.py). Label files differ in what their values mean;
 `lookup_table` says it for each dataset, and a value that it lacks is an error. `LabelReader` is the one place
 where a file becomes classes.
 
@@ -293,7 +294,7 @@ def how_labels_are_read(data: str, root: str, labels: dict[str, Path]) -> str:
     if len(ends) > 1:
         taken = {end: sum(path.name.endswith(end) for path in labels.values()) for end in ends}
         return f"Labels of {data}: " + ", ".join(f"{count} *{end}" for end, count in taken.items() if count)
-    if "context" not in data:
+    if data not in context_orders().values():
         return ""
     [declared], name_of = DATASETS[data].labels, context_orders()
     agreement, pixels = context_agreement(find(data, root), labels)
@@ -314,8 +315,8 @@ def how_labels_are_read(data: str, root: str, labels: dict[str, Path]) -> str:
 
 def context_orders() -> dict[str, str]:
     """each order in which PASCAL Context's labels circulate → the dataset's name that declares it."""
-    return {order: name for name, dataset in DATASETS.items() if name.startswith("context")
-            for order in dataset.labels}
+    return {order: name for name, dataset in DATASETS.items()
+            if name in ("context", "context-voc-first") for order in dataset.labels}
 
 
 def context_agreement(base: Path, labels: dict[str, Path], most: int = 50) -> tuple[dict[str, float], int]:

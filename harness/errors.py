@@ -26,7 +26,7 @@ def one_paragraph(debug: bool = False):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
     except KeyboardInterrupt as stop:
-        print(f"\nstopped. {stop}", file=sys.stderr)
+        print(f"\nstopped. {stop or 'What was saved before is untouched.'}", file=sys.stderr)
         raise SystemExit(130) from None
     except Exception as error:
         if (text := paragraph(error)) is None:

@@ -11,23 +11,29 @@ import dataclasses
 import os
 import shlex
 
+# Of the student. Any other ResNet of torchvision whose blocks are Bottlenecks (wide_resnet50_2, …) may be
+# added by its name; those of resnet18 and resnet34 know no dilation.
+BACKBONES = "small", "resnet50", "resnet101"
+
 
 def parser(description: str, *groups: str) -> argparse.ArgumentParser:
-    """The common flags, and those of the named groups: "training", "rectify", "labels", "seed"."""
+    """The common flags, and those of the named groups: "training", "rectify", "student", "labels", "seed"."""
     parser = plain_parser(description)
     what = parser.add_argument_group("what to work on")
     what.add_argument("--data", type=path, metavar="NAME|FOLDER",
                       help="toyland, voc, context, context-voc-first, ade, cityscapes, coco (whatever "
                            "datasets/ describes), or a folder of your own images, ./voc if it is named so "
-                           "(default: that of the newest run in --out, else toyland)")
-    what.add_argument("--root", type=path, metavar="DIR", help="where datasets lie (default: data)")
+                           "(default: toyland, or what was trained last in --out)")
+    what.add_argument("--root", type=path, metavar="DIR",
+                      help="where datasets lie (default: the trained run's, else data)")
     what.add_argument("--download", action="store_true",
                       help="fetch the dataset if it is missing (voc alone)")
     what.add_argument("--classes", type=path, metavar="FILE",
                       help="one class name a line, synonyms after commas; needed for a folder of your own")
     what.add_argument("--clip", type=path, metavar="NAME|PATH",
                       help="ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px, toyland, or a weights file "
-                           "(default: toyland for toyland, else ViT-B/16, fetched once into ~/.cache/clip)")
+                           "(default: the trained run's, else toyland for toyland, and for all else "
+                           "ViT-B/16, fetched once into ~/.cache/clip)")
     what.add_argument("--activation", choices=("quickgelu", "gelu"),
                       help="of CLIP's towers, where the weights file does not tell (default: what the file "
                            "or a config beside it says, else quickgelu, with which OpenAI trained)")
@@ -85,6 +91,11 @@ def parser(description: str, *groups: str) -> argparse.ArgumentParser:
             "--cache-features", type=real(0, 1e6, "above 0"), metavar="GB",
             help="let CLIP look at every image once, under one augmentation, and keep what it sees in at "
                  "most so many GB of memory and disk. Another training, with less variety")
+    if "student" in groups:
+        parser.add_argument_group("student").add_argument(
+            "--backbone", choices=BACKBONES,
+            help="torchvision's ResNet of that name with its ImageNet weights, or the small one of Toyland "
+                 "(default: small for toyland, else resnet50)")
     if "labels" in groups:
         parser.add_argument_group("labels").add_argument(
             "--labels", type=path, metavar="DIR",

@@ -1,6 +1,6 @@
 """What the bias map of a trained rectification says of classes and of places, and what it is worth at test.
 
-    python paper/bias.py runs runs-no-decoder         folders that --out named
+    python paper/bias.py runs runs-without-decoder    folders that --out named
 
 A line for each:
 

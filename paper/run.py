@@ -23,11 +23,10 @@ from harness import errors, flags as common
 
 
 def flags() -> argparse.ArgumentParser:
-    parser = common.parser(__doc__, "training", "rectify", "labels")
+    parser = common.parser(__doc__, "training", "rectify", "student", "labels")
     parser.add_argument("system", nargs="?", metavar="SYSTEM", help="a name of --list")
     parser.add_argument("--list", action="store_true", help="print the systems, and run nothing")
     parser.add_argument("--stage", choices=("rectify", "distill", "evaluate"), help="(default: all)")
-    parser.add_argument("--backbone", choices=("small", "resnet50", "resnet101"), help="of the student")
     for name in ("--prompt-denoising", "--key-smoothing"):
         parser.add_argument(name, type=common.real(0, 1), metavar="P", default=0.0,
                             help="of evaluate (default: 0)")

@@ -18,7 +18,7 @@ def pytest_configure(config):
 
 
 def pytest_xdist_auto_num_workers(config):
-    """Processes that share the whole suite. A single file is done sooner without others, which have to start."""
+    """Processes that share the whole suite. A single file is done sooner than others have started."""
     return min(4, os.cpu_count() or 1) if all(Path(arg).is_dir() for arg in config.args) else 0
 
 
