@@ -401,6 +401,29 @@ def load_rectifier(setup: data.Setup, checkpoint: dict, system: System) -> tuple
 # ------------------------------------------------------------------------------------------ the run
 
 
+def forecast(setup: data.Setup, query: Tensor, recipe: Recipe, system: System, steps: int) -> None:
+    """Print how long the parts of a run will take, from one image and one step of it. For --quick."""
+    images, clip_model = setup.training_images, setup.clip_model
+    _, image = data.WholeImages(images, recipe.short_side)[0]
+    of_image = at_input_size(image.to(setup.device), recipe.window_ratio, clip_model.visual.input_resolution)
+    rectifier, noise = build_rectifier(setup, recipe, system), torch.Generator(setup.device)
+
+    def look() -> Tensor:
+        crop = torch.zeros(1, 3, *recipe.crop, device=setup.device)
+        return rectifier.encode(clip_model, crop, recipe.dense_path)
+
+    batch = look().expand(min(recipe.batch_size, len(images)), -1, -1, -1)
+    votes = torch.ones(len(batch), len(query), device=setup.device)
+
+    def step() -> Tensor:
+        loss = train_step(rectifier, clip_model, batch, votes, query, setup.vocabulary.names, recipe, noise)
+        loss.backward()
+        return loss.detach()
+
+    machine.forecast({"hypotheses": (len(images), lambda: clip_model.encode_image(of_image)),
+                      "features": (len(images), look), "steps": (steps, step)})
+
+
 def main(args: argparse.Namespace, system: System = System()) -> data.Setup:
     """Train stage 1; what it made lies in `folder("rectify")` of the setup that is returned."""
     setup = data.open_setup(args)
@@ -411,6 +434,8 @@ def main(args: argparse.Namespace, system: System = System()) -> data.Setup:
     per_epoch = data.steps_per_epoch(len(setup.training_images), recipe.batch_size)
     steps = recipe.epochs * per_epoch
     query = query_of(setup)
+    if args.quick:
+        forecast(setup, query, recipe, system, steps)
     votes = votes_of(setup, query, recipe, system)
 
     torch.manual_seed(machine.seed_of(args.seed, "rectifier"))

@@ -15,6 +15,10 @@ import shlex
 # added by its name; those of resnet18 and resnet34 know no dilation.
 BACKBONES = "small", "resnet50", "resnet101"
 
+# What --quick stands for. Windows of r = 1/2 would take half of the time of these, 16 an image, but cost nine
+# mIoU in Toyland where these cost two (benchmarks/README.md).
+QUICK = {"window_ratio": 0.4, "batch_size": 16, "cache_features": 4.0}
+
 
 def parser(description: str, *groups: str) -> argparse.ArgumentParser:
     """The common flags, and those of the named groups: "training", "rectify", "student", "labels", "seed"."""
@@ -87,10 +91,16 @@ def parser(description: str, *groups: str) -> argparse.ArgumentParser:
         other.add_argument("--mask-scale", type=real(0, 1e6, "above 0"), metavar="S",
                            help="on M_o before Eq. 5's draw")
         other.add_argument("--loss-scale", type=real(0, 1e6, "above 0"), metavar="S", help="1/τ of Eq. 7")
-        parser.add_argument_group("speed").add_argument(
-            "--cache-features", type=real(0, 1e6, "above 0"), metavar="GB",
-            help="let CLIP look at every image once, under one augmentation, and keep what it sees in at "
-                 "most so many GB of memory and disk. Another training, with less variety")
+        speed = parser.add_argument_group("speed")
+        speed.add_argument("--cache-features", type=real(0, 1e6, "above 0"), metavar="GB",
+                           help="let CLIP look at every image once, under one augmentation, and keep what it "
+                                "sees in at most so many GB of memory and disk. Another training, with less "
+                                "variety")
+        said = " ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in QUICK.items())
+        speed.add_argument("--quick", action=Quick, nargs=0, default=False,
+                           help=f"for a first try on a CPU, the same as {said} where they are not given: "
+                                "larger and fewer windows, one look at every image; says first what will "
+                                "take how long")
     if "student" in groups:
         parser.add_argument_group("student").add_argument(
             "--backbone", choices=BACKBONES,
@@ -121,6 +131,14 @@ def with_flags(recipe, args: argparse.Namespace, most: int):
 
 
 # ------------------------------------------------------------------------------------------ types of flags
+
+
+class Quick(argparse.Action):
+    """Several flags by one name; what is given by its own name, before or behind it, counts."""
+
+    def __call__(self, _parser, namespace, _values, _flag=None):
+        args = vars(namespace)
+        args.update({name: value for name, value in QUICK.items() if args[name] is None}, quick=True)
 
 
 def path(text: str) -> str:

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import os
 import platform
+import time
 
 
 def device_of(name: str | None):
@@ -49,6 +50,19 @@ def in_float32(function):
         with torch.autocast(tensor.device.type, enabled=False):
             return function(tensor, *args, **kwargs)
     return wrapped
+
+
+def forecast(parts: dict) -> None:
+    """Do every part, a `(how often, function)`, and print how long all of it will take."""
+    minutes = {}
+    for name, (count, function) in parts.items():
+        function()                                              # the first time takes longer
+        started = time.perf_counter()
+        float(function().sum())                                 # waits for a GPU
+        minutes[name] = count * (time.perf_counter() - started) / 60
+    said = ", ".join(f"{name} {value:.1f}" for name, value in minutes.items())
+    print(f"This will take about {sum(minutes.values()):.1f} minutes: {said}. What lies in the cache is not "
+          "made again.")
 
 
 def seed_of(*parts) -> int:

@@ -99,7 +99,7 @@ def refuse_unread(args: argparse.Namespace, system: System, stages: list[str]) -
     if system.votes is not rectify.count_votes:
         read -= {"vote_threshold", "window_ratio"}                  # its hypotheses come from no windows
     if trains_nothing(system):
-        read -= {"cache_features", "mask_scale", "loss_scale"}
+        read -= {"cache_features", "quick", "mask_scale", "loss_scale"}
     usual = vars(flags().parse_args([]))
     unread = [name for name, value in vars(args).items() if name not in read and value != usual[name]]
     if unread:

@@ -9,6 +9,7 @@ people have. Recipes are those of the datasets, on pictures of a few dozen pixel
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -553,6 +554,20 @@ def test_cached_features_train_as_the_images_would_under_one_augmentation(voc, m
 def test_cached_features_that_do_not_fit_are_refused_before_anything_is_written(voc, capsys):
     said = refusal(capsys, rectify, *voc, "--cache-features", "1e-6")
     assert "--cache-features 1e-06: expected room for" in said and not Path("runs/voc/rectify").exists()
+
+
+def test_quick_is_other_numbers_and_says_first_what_will_take_how_long(voc, capsys):
+    """The weights are those of the three flags that --quick stands for; one that is given too is obeyed."""
+    capsys.readouterr()
+    run(rectify, *voc, "--out", "quick", "--quick", "--batch-size", "3")
+    said = capsys.readouterr().out
+    forecast = re.search(r"about [\d.]+ minutes: hypotheses [\d.]+, features [\d.]+, steps [\d.]+\.", said)
+    assert forecast and forecast.start() < said.index("recipe")
+    run(rectify, *voc, "--out=spelt", "--window-ratio", "0.4", "--cache-features", "4", "--batch-size", "3")
+    recipes = [read_json(f"{out}/voc/rectify/recipe.json")["recipe"] for out in ("quick", "spelt")]
+    assert recipes[0] == recipes[1] and (recipes[0]["batch_size"], recipes[0]["window_ratio"]) == (3, 0.4)
+    assert recipes[0]["learning_rate"] == pytest.approx(rectify.RECIPES["voc"].learning_rate * 3 / 2)
+    assert same_weights(weights_of("rectify", "quick"), weights_of("rectify", "spelt"))
 
 
 def test_learning_rate_goes_with_the_batch(voc):
