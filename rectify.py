@@ -46,6 +46,7 @@ from tqdm import tqdm
 
 import clip
 import data
+from datasets import hypotheses
 from datasets.images import stamps_of
 from datasets.words import Vocabulary
 from harness import machine, runs
@@ -73,6 +74,7 @@ class Recipe:
     poly_power: float = 0.9                 # [paper]
     horizon: int = 200                      # [code] epochs at which the poly schedule would reach zero
     epochs: int = 50                        # [code] epochs after which training stops
+    hypotheses: str = ""                    # [ours] a file in the place of windows; "": windows vote
     cache_features: float = 0.0            # [ours] GB: one look of CLIP at every image for all epochs; 0: off
 
 
@@ -380,7 +382,10 @@ def query_of(setup: data.Setup) -> Tensor:
 
 
 def votes_of(setup: data.Setup, query: Tensor, recipe: Recipe, system: System) -> Tensor:
-    """f (images, C), made once for the same images, words, weights and windows."""
+    """f (images, C), made once for the same images, words, weights and windows; or those of a file."""
+    if recipe.hypotheses:
+        return hypotheses.votes(recipe.hypotheses, setup.data, setup.root, list(setup.training_images),
+                                len(query))
     return setup.kept("votes", (len(setup.training_images), len(query)),
                       lambda: system.votes(setup, query, recipe),
                       system.votes.__name__, recipe.window_ratio, recipe.short_side,

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import os
 import shlex
 
 
 def parser(description: str, *groups: str) -> argparse.ArgumentParser:
-    """The common flags, and those of the named groups: "training", "rectify", "labels", "seed"."""
+    """The common flags, and those of the named groups: "training", "rectify", "labels", "seed",
+    "hypotheses"."""
     parser = plain_parser(description)
     what = parser.add_argument_group("what to work on")
     what.add_argument("--data", type=path, metavar="NAME|FOLDER",
@@ -31,6 +33,12 @@ def parser(description: str, *groups: str) -> argparse.ArgumentParser:
     what.add_argument("--activation", choices=("quickgelu", "gelu"),
                       help="of CLIP's towers, where the weights file does not tell (default: what the file "
                            "or a config beside it says, else quickgelu, with which OpenAI trained)")
+    if {"training", "hypotheses"} & set(groups):
+        what.add_argument("--hypotheses", type=marked, metavar="FILE",
+                          help="the classes that each training image may contain, in the place of windows "
+                               "(Eq. 6): a JSON list of class numbers a line, in the order of the dataset's "
+                               "training list, or a JSON object, image id → list; distill.py takes those of "
+                               "its rectification (default: windows vote)")
     where = parser.add_argument_group("where and how")
     where.add_argument("--out", type=path, metavar="DIR", default="runs",
                        help="results go to DIR/<data>/<stage>/ (default: runs)")
@@ -118,6 +126,16 @@ def path(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("expected a name or a path, found nothing")
     return os.path.expanduser(text)
+
+
+def marked(text: str) -> str:
+    """A file with a mark of its content, FILE#0123456789abcdef: a run that remembers it knows when the file
+    has become another."""
+    name = path(text)
+    if not os.path.isfile(name):
+        raise argparse.ArgumentTypeError(f"expected a file, found none at {name}")
+    with open(name, "rb") as file:
+        return f"{name}#{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
 
 
 def whole(least: int):

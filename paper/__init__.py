@@ -5,6 +5,7 @@
     scores.py       class and space preference, linear probe, how right the hypotheses are
     bias.py         what a bias map says, and what it is worth at test
     figures.py      the paper's figures
+    released.py     the authors' files: imports their rectification, writes hypotheses in their form
     reported.py     what the paper reports: tables, figures and claims, as data
     tables.py       ours beside the paper's, and which claims held, as Markdown
     reproduce.py    runs what a table, figure or claim needs
