@@ -57,7 +57,7 @@ from harness import machine, runs
 @dataclass(frozen=True)
 class Recipe:
     """Every number of stage 1: those of VOC, with their sources. RECIPES says what differs."""
-    dense_path: Literal["value", "residual", "vanilla"] = "residual"     # [code] see CLIP.encode_dense
+    dense_path: Literal[clip.DENSE_PATHS] = "residual"      # [code] see CLIP.encode_dense
     prompt_length: int = 73                 # [paper] 77 = start + 73 + two name tokens + end
     window_ratio: float = 1 / 6             # [paper] r of Eq. 6
     vote_threshold: float = 0.07            # [paper] t of Eq. 6

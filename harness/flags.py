@@ -84,7 +84,8 @@ def parser(description: str, *groups: str) -> argparse.ArgumentParser:
                              help="r: a window's share of the image's height and width; cost grows as 1/r²")
         other = parser.add_argument_group("numbers that belong to the CLIP, for another one (defaults: the "
                                           "recipe)")
-        other.add_argument("--dense-path", choices=("value", "residual", "vanilla"),
+        other.add_argument("--dense-path",
+                           choices=("value", "residual", "vanilla", "neighbourhood", "correlative"),
                            help="through CLIP's last block")
         other.add_argument("--mask-scale", type=real(0, 1e6, "above 0"), metavar="S",
                            help="on M_o before Eq. 5's draw")

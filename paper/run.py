@@ -97,7 +97,7 @@ def refuse_unread(args: argparse.Namespace, system: System, stages: list[str]) -
     read = {"system", "stage", "list"}
     for stage in stages:
         read |= vars(STAGES[stage].flags().parse_args([])).keys()
-    if system.votes is not rectify.count_votes or args.hypotheses:
+    if "vote_threshold" in system.numbers.get("any", ()) or args.hypotheses:
         read -= {"vote_threshold", "window_ratio"}                  # its hypotheses come from no windows
     if trains_nothing(system):
         read -= {"cache_features", "mask_scale", "loss_scale", "hypotheses"}
