@@ -136,6 +136,13 @@ def test_training_takes_them_and_no_window_is_looked_at(voc, monkeypatch):
     assert settings("distill")["teacher_recipe"]["hypotheses"] == flags.marked("others.json")
 
 
+@pytest.mark.slow
+def test_a_rectification_that_distill_makes_first_takes_them_too(voc):
+    Path("theirs.json").write_text("[0]\n[1]\n[2]\n[3]\n")
+    run(distill, *voc, "--hypotheses", "theirs.json")
+    assert settings("rectify")["recipe"]["hypotheses"] == flags.marked("theirs.json")
+
+
 def test_another_file_or_content_is_refused_on_resume_and_for_the_student(voc, capsys):
     Path("theirs.json").write_text("[0]\n[1]\n[2]\n[3]\n")
     run(rectify, *voc, "--hypotheses", "theirs.json")
