@@ -260,8 +260,8 @@ def test_claims_are_counted_the_papers_and_ours_apart():
 
 @pytest.mark.parametrize("name", ["toyland", "ours"])
 def test_results_of_toyland_are_those_that_tables_py_writes(tmp_path, name):
-    """paper/results/toyland.md and the verdicts in toyland.json are of these numbers and of today's claims; so
-    are ours.md and ours.json, which have no figures."""
+    """paper/results/toyland.md and the verdicts in toyland.json are of these numbers and of today's claims;
+    so are ours.md and ours.json, which have no figures."""
     folder = ROOT / "paper/results"
     for path in (folder / f"{name}.json", *(folder.glob("figure*.png") if name == "toyland" else ())):
         (tmp_path / path.name).write_bytes(path.read_bytes())
