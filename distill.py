@@ -310,6 +310,8 @@ def rectification(args: argparse.Namespace, system: rectify.System) -> dict:
     """The stage-1 checkpoint to continue from: of `--data`, else the newest; made first if there is none."""
     found = runs.find(args.out, args.data, "rectify")
     if found is not None:
+        known = found["settings"]["recipe"].get("hypotheses")
+        runs.refuse_unless(found["path"], "file of hypotheses", args.hypotheses or known, known)
         return found
     print("No rectification found: making one first, as python rectify.py would.")
     for_stage_2 = dict.fromkeys(("epochs", "batch_size", "learning_rate"))

@@ -46,6 +46,7 @@ from tqdm import tqdm
 
 import clip
 import data
+from datasets import hypotheses
 from datasets.images import stamps_of
 from datasets.words import Vocabulary
 from harness import machine, runs
@@ -56,7 +57,7 @@ from harness import machine, runs
 @dataclass(frozen=True)
 class Recipe:
     """Every number of stage 1: those of VOC, with their sources. RECIPES says what differs."""
-    dense_path: Literal["value", "residual", "vanilla"] = "residual"     # [code] see CLIP.encode_dense
+    dense_path: Literal[clip.DENSE_PATHS] = "residual"      # [code] see CLIP.encode_dense
     prompt_length: int = 73                 # [paper] 77 = start + 73 + two name tokens + end
     window_ratio: float = 1 / 6             # [paper] r of Eq. 6
     vote_threshold: float = 0.07            # [paper] t of Eq. 6
@@ -73,6 +74,7 @@ class Recipe:
     poly_power: float = 0.9                 # [paper]
     horizon: int = 200                      # [code] epochs at which the poly schedule would reach zero
     epochs: int = 50                        # [code] epochs after which training stops
+    hypotheses: str = ""                    # [ours] a file in the place of windows; "": windows vote
     cache_features: float = 0.0             # [ours] GB: one look of CLIP at every image; 0: a look each epoch
 
 
@@ -377,7 +379,10 @@ def query_of(setup: data.Setup) -> Tensor:
 
 
 def votes_of(setup: data.Setup, query: Tensor, recipe: Recipe, system: System) -> Tensor:
-    """f (images, C), made once for the same images, words, weights and windows."""
+    """f (images, C), made once for the same images, words, weights and windows; or those of a file."""
+    if recipe.hypotheses:
+        return hypotheses.votes(recipe.hypotheses, setup.data, setup.root, list(setup.training_images),
+                                len(query))
     return setup.kept("votes", (len(setup.training_images), len(query)),
                       lambda: system.votes(setup, query, recipe),
                       system.votes.__name__, recipe.window_ratio, recipe.short_side,

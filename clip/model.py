@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from .tokenizer import END, START, encode
 
-DENSE_PATHS = ("value", "residual", "vanilla")
+DENSE_PATHS = ("value", "residual", "vanilla", "neighbourhood", "correlative")
 
 
 class QuickGELU(nn.Module):
@@ -209,7 +209,10 @@ class VisionTransformer(nn.Module):
                 raise ValueError(f"encode_dense: expected a path of {', '.join(DENSE_PATHS)}; found "
                                  f"{path!r}.")
         x = self.trunk(images.to(self.proj.dtype))                                          # (B, 1 + n, E)
-        features = {path: F.normalize(self.dense(x, path).float(), dim=-1) for path in paths}   # (B, n, D)
+        grid = self.grid_of(images)
+        features = {path: self.dense_alike(x, path, grid) if path in ("neighbourhood", "correlative")
+                    else self.dense(x, path) for path in paths}
+        features = {path: F.normalize(one.float(), dim=-1) for path, one in features.items()}   # (B, n, D)
         return {path: self.on_grid(one, images) for path, one in features.items()}
 
     def encode_keys(self, images: Tensor) -> Tensor:
@@ -233,10 +236,32 @@ class VisionTransformer(nn.Module):
                 x = x + last.mlp(last.ln_2(x))
         return self.ln_post(x) @ self.proj
 
+    def dense_alike(self, x: Tensor, path: str, grid: tuple[int, int]) -> Tensor:
+        """The last block where a patch takes the values of patches like itself: as `dense`, grid (h, w)."""
+        last, x = self.transformer.resblocks[-1], x[:, 1:]
+        q, k, v = last.attn.qkv(last.ln_1(x))                                   # 3 × (B, heads, n, 64)
+        attend = F.scaled_dot_product_attention                     # (q, k, v) → softmax(q kᵀ / 8 + mask) v
+        if path == "neighbourhood":
+            x = last.attn.merge(attend(k, k, v, attn_mask=nearness(grid, k)))
+        else:
+            x = x + last.attn.merge(attend(q, q, v) + attend(k, k, v))
+            x = x + last.mlp(last.ln_2(x))
+        return self.ln_post(x) @ self.proj
+
+    def grid_of(self, images: Tensor) -> tuple[int, int]:
+        """How many patches (h, w) an image has, rounded up."""
+        return tuple(-(-side // self.patch_size) for side in images.shape[-2:])
+
     def on_grid(self, x: Tensor, images: Tensor) -> Tensor:
         """The patches' vectors where the patches lie: (B, n, C) → (B, C, h, w)."""
-        h, w = (-(-side // self.patch_size) for side in images.shape[-2:])                  # rounded up
-        return x.transpose(1, 2).unflatten(dim=2, sizes=(h, w))
+        return x.transpose(1, 2).unflatten(dim=2, sizes=self.grid_of(images))
+
+
+def nearness(grid: tuple[int, int], like: Tensor, spread: float = 5.0) -> Tensor:
+    """exp(−d² / 2σ²) of every two patches d apart, σ = `spread` patches: grid (h, w) → (n, n), as `like`."""
+    places = torch.cartesian_prod(*(torch.arange(side, device=like.device).float() for side in grid))
+    squares = (places[:, None] - places).square().sum(dim=-1)                               # d² (n, n)
+    return torch.exp(-squares / (2 * spread ** 2)).to(like.dtype)
 
 
 @lru_cache(maxsize=8)                                           # every step of a training asks for the same
@@ -352,7 +377,13 @@ class CLIP(nn.Module):
         residual   the same value inside the block's residual and MLP. What the released code of MaskCLIP and
                    ReCLIP computes and what their published numbers were measured with: the default.
         vanilla    the block as CLIP runs it. Attention mixes the patches: the baseline that MaskCLIP mends.
+        neighbourhood   a patch takes the values of patches with like keys, near ones first; no residual, no
+                   MLP. After NACLIP [Hajimiri et al., WACV 2025]: softmax(k kᵀ / 8 + nearness) v.
+        correlative   the values of patches with like queries plus those of patches with like keys, inside
+                   residual and MLP. After SCLIP [Wang et al., ECCV 2024]: (softmax(q qᵀ / 8) +
+                   softmax(k kᵀ / 8)) v.
 
+        The last two leave the class token out [ours]. paper/results/ says what they are worth in Toyland.
         Raises ValueError for another path.
         """
         return self.visual.encode_dense(images, path)

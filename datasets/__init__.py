@@ -3,6 +3,7 @@
     *.json        one description a dataset: its tree, its classes, the values in its label files. No code
     images.py     which images there are, and how a file becomes an RGB picture       training and measuring
     words.py      class lists and the sentences around them                           training and measuring
+    hypotheses.py which classes an image may contain, from a file (--hypotheses)      training and measuring
     labels.py     the one reader of labels                                            measuring alone
     check.py      looks a dataset through: python datasets/check.py --data voc
 

@@ -12,6 +12,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -221,6 +222,14 @@ def training_images(data: str, root: str) -> dict[str, Path]:
     return images_in(Path(data)) if is_folder(data) else image_files(data, root, "train")
 
 
+def training_order(data: str, root: str) -> list[str]:
+    """The ids of the training images in the order of the dataset's own list; where it has none, sorted."""
+    found = training_images(data, root)
+    if is_folder(data) or (path := list_of(data, find(data, root), "train")) is None:
+        return list(found)
+    return ids_of(path, found.get)
+
+
 def validation_images(data: str, root: str) -> dict[str, Path]:
     """The images that results are measured or shown on: id → path. A folder of your own: all of its
     images."""
@@ -329,6 +338,16 @@ def closer(label: str, image: str) -> bool:
     return len(label) > len(image)
 
 
+def ids_of(path: Path, image_of: Callable) -> list[str]:
+    """The ids in a list, each once, in their order. `image_of` gives an id's image, or None.
+
+    A second column is passed over, unless the space belongs to the name. What is no text names no image.
+    """
+    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines()]
+    return list(dict.fromkeys(line if " " in line and image_of(line) else line.split()[0]
+                              for line in lines if line))
+
+
 def listed(path: Path, base: Path, pattern: str, tree: str) -> dict[str, Path]:
     """The images that the list `path` names, one id a line. Raises naming the first that is missing."""
     if not path.is_file():
@@ -337,10 +356,7 @@ def listed(path: Path, base: Path, pattern: str, tree: str) -> dict[str, Path]:
     def image_of(one: str) -> Path | None:
         return existing(base / pattern.replace("{id}", one))
 
-    # what is no text names no image
-    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines()]
-    # A second column is passed over, unless the space belongs to the name.
-    ids = sorted({line if " " in line and image_of(line) else line.split()[0] for line in lines if line})
+    ids = sorted(ids_of(path, image_of))
     if not ids:
         raise ValueError(f"{path}: expected image ids, one a line; found an empty list.")
     found = {name: image_of(name) for name in ids}

@@ -43,7 +43,7 @@ LADDER = (
         1, "Dense features by the value path",
         ("clip/model.py:Attention.values", "clip/model.py:VisionTransformer.dense"), 10, 60,
         "The last block of CLIP's image tower, so that every patch keeps what it saw itself: first the "
-        "projection of its own value, then the block around it by each of the three paths that "
+        "projection of its own value, then the block around it by each of the first three paths that "
         "`CLIP.encode_dense` describes.",
         "Attention over a single token is that token's own value, so `values` of one token is what the whole "
         "layer gives. No token's result depends on another token. The class token is not in the result of "

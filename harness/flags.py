@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import os
 import shlex
 
@@ -21,7 +22,8 @@ QUICK = {"window_ratio": 0.4, "batch_size": 16, "cache_features": 4.0}
 
 
 def parser(description: str, *groups: str) -> argparse.ArgumentParser:
-    """The common flags, and those of the named groups: "training", "rectify", "student", "labels", "seed"."""
+    """The common flags, and those of the named groups: "training", "rectify", "hypotheses", "student",
+    "labels", "seed"."""
     parser = plain_parser(description)
     what = parser.add_argument_group("what to work on")
     what.add_argument("--data", type=path, metavar="NAME|FOLDER",
@@ -41,6 +43,12 @@ def parser(description: str, *groups: str) -> argparse.ArgumentParser:
     what.add_argument("--activation", choices=("quickgelu", "gelu"),
                       help="of CLIP's towers, where the weights file does not tell (default: what the file "
                            "or a config beside it says, else quickgelu, with which OpenAI trained)")
+    if {"training", "hypotheses"} & set(groups):
+        what.add_argument("--hypotheses", type=marked, metavar="FILE",
+                          help="the classes that each training image may contain, in the place of windows "
+                               "(Eq. 6): a JSON list of class numbers a line, in the order of the dataset's "
+                               "training list, or a JSON object, image id → list; distill.py takes those of "
+                               "its rectification (default: windows vote)")
     where = parser.add_argument_group("where and how")
     where.add_argument("--out", type=path, metavar="DIR", default="runs",
                        help="results go to DIR/<data>/<stage>/ (default: runs)")
@@ -86,7 +94,8 @@ def parser(description: str, *groups: str) -> argparse.ArgumentParser:
                              help="r: a window's share of the image's height and width; cost grows as 1/r²")
         other = parser.add_argument_group("numbers that belong to the CLIP, for another one (defaults: the "
                                           "recipe)")
-        other.add_argument("--dense-path", choices=("value", "residual", "vanilla"),
+        other.add_argument("--dense-path",
+                           choices=("value", "residual", "vanilla", "neighbourhood", "correlative"),
                            help="through CLIP's last block")
         other.add_argument("--mask-scale", type=real(0, 1e6, "above 0"), metavar="S",
                            help="on M_o before Eq. 5's draw")
@@ -147,6 +156,16 @@ def path(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("expected a name or a path, found nothing")
     return os.path.expanduser(text)
+
+
+def marked(text: str) -> str:
+    """A file with a mark of its content, FILE#0123456789abcdef: a run that remembers it knows when the file
+    has become another."""
+    name = path(text)
+    if not os.path.isfile(name):
+        raise argparse.ArgumentTypeError(f"expected a file, found none at {name}")
+    with open(name, "rb") as file:
+        return f"{name}#{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
 
 
 def whole(least: int):

@@ -24,9 +24,13 @@ MEASURES = ("miou", "probe", "class_preference", "space_preference", "space_slop
 
 THRESHOLDS = (0.0, 0.03, 0.05, 0.1, 0.2, 0.4)       # t of Figure 3
 RATIOS = (1.0, 1 / 2, 1 / 3, 1 / 4, 1 / 6, 1 / 8)   # its r: 1, 9, 25, 49, 121 and 225 windows an image
+PATHS = {                                           # through CLIP's last block, as encode_dense has them
+    "value": "value alone (MaskCLIP)", "residual": "value within residual and MLP (MaskCLIP's code)",
+    "neighbourhood": "near patches of like keys (NACLIP)", "correlative": "like queries, like keys (SCLIP)"}
 SWEEPS = {                                          # run: the flags that rectify.py is given for it
     **{f"t={t:g}": ("--vote-threshold", f"{t:g}") for t in THRESHOLDS},
     **{f"r={r:.3g}": ("--window-ratio", repr(r)) for r in RATIOS},
+    **{f"path={path}": ("--dense-path", path) for path in PATHS},
 }
 
 
@@ -175,6 +179,14 @@ TABLES = {
         Row("both, Eq. 7 as a cosine", stage_1("loss-cosine")),
         Row("decoder alone, Eq. 7 over the mask's area", stage_1("no-bias+loss-area")),
         Row("both, Eq. 7 over the mask's area", stage_1("loss-area")))),
+    "paths": Table("Not in the paper: rectification on stronger dense paths", tuple(
+        Row(f"{title}{', rectified' * (stage == 'rectify')}", (f"path={path}", stage, "miou"))
+        for path, title in PATHS.items() for stage in ("maskclip", "rectify"))),
+    "windows": Table("Not in the paper: Eq. 6's windows in one pass, rectified", (
+        Row("a pass for each window: ReCLIP++", RECTIFIED),
+        Row("one pass for all, a class token each", stage_1("one-pass-windows")),
+        Row("the same, the image 1.5 times as large", stage_1("one-pass-windows-larger")),
+        Row("the same, tokens split at the last block", stage_1("one-pass-windows-late")))),
     "figure3": Table("Figure 3: the hypothesis", (
         Row("the recipe's t and r", RECTIFIED),
         *(Row(f"t = {100 * t:g} %", stage_1(f"t={t:g}")) for t in THRESHOLDS),

@@ -226,7 +226,7 @@ class Reproduction:
         if job.stage in ("scores", "probe"):
             return ["paper/scores.py", *words]
         if system_of(job.run).name == "reclip++":
-            return [f"{job.stage}.py", *words, *SWEEPS.get(job.run, ())]
+            return [f"{job.stage}.py", *words, *SWEEPS.get(job.run, ()) * (job.stage == "rectify")]
         return ["paper/run.py", job.run, "--stage", job.stage, *words]
 
     def typed(self, job: Job) -> str:

@@ -96,10 +96,10 @@ def refuse_unread(args: argparse.Namespace, system: System, stages: list[str]) -
     read = {"system", "stage", "list"}
     for stage in stages:
         read |= vars(STAGES[stage].flags().parse_args([])).keys()
-    if system.votes is not rectify.count_votes:
+    if "vote_threshold" in system.numbers.get("any", ()) or args.hypotheses:
         read -= {"vote_threshold", "window_ratio"}                  # its hypotheses come from no windows
     if trains_nothing(system):
-        read -= {"cache_features", "quick", "mask_scale", "loss_scale"}
+        read -= {"cache_features", "quick", "mask_scale", "loss_scale", "hypotheses"}
     usual = vars(flags().parse_args([]))
     unread = [name for name, value in vars(args).items() if name not in read and value != usual[name]]
     if unread:

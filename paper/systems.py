@@ -22,6 +22,7 @@ import rectify
 from datasets import is_folder
 from distill import Inherited, System
 from harness import files, machine, runs
+from paper import windows
 from rectify import Rectifier, contrastive_loss, query_logits, subtract_bias
 
 # ---------------------------------------------------------------------------- stage 1: the rectifier
@@ -295,6 +296,9 @@ SYSTEMS = {system.name: system for system in (
     # One part of ReCLIP++ taken out or replaced.
     other("without-decoder", rectifier=WithoutDecoder, numbers=UNDECODED),
     other("whole-image", votes=whole_image_votes, numbers=ANY_THRESHOLD),
+    other("one-pass-windows", votes=windows.one_pass()),
+    other("one-pass-windows-larger", votes=windows.one_pass(magnify=1.5)),
+    other("one-pass-windows-late", votes=windows.one_pass(late=True)),
     other("no-bias", rectifier=NoBias),
     other("learnable-query", rectifier=LearnableQuery),                         # Table IV
     other("addition", rectifier=Addition),                                      # Table V

@@ -182,6 +182,27 @@ def tokens_by_hand(theirs, image: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def mixed_by_hand(last, patches: torch.Tensor, i: int, path: str, w: int) -> torch.Tensor:
+    """What patch i of `patches` (n, E), w a row, takes of all patches' values: (E,), head after head."""
+    E = patches.shape[1]
+    parts = [last.ln_1(patches) @ last.attn.in_proj_weight[n * E:(n + 1) * E].T
+             + last.attn.in_proj_bias[n * E:(n + 1) * E] for n in range(3)]
+    heads = []
+    for one in range(0, E, 64):
+        query, key, value = (part[:, one:one + 64] for part in parts)
+        taken = torch.zeros(64)
+        for alike in [key] if path == "neighbourhood" else [query, key]:
+            scores = []
+            for j in range(len(patches)):
+                score = alike[i] @ alike[j] / 8
+                if path == "neighbourhood":
+                    score = score + math.exp(-((i // w - j // w) ** 2 + (i % w - j % w) ** 2) / 50)
+                scores.append(score)
+            taken = taken + torch.stack(scores).softmax(dim=0) @ value
+        heads.append(taken)
+    return torch.cat(heads)
+
+
 def dense_by_hand(theirs, image: torch.Tensor, path: str) -> torch.Tensor:
     """encode_dense of one image (3, H, W) → (D, h, w), with open_clip's layers, one token at a time."""
     visual, last = theirs.visual, theirs.visual.transformer.resblocks[-1]
@@ -193,8 +214,10 @@ def dense_by_hand(theirs, image: torch.Tensor, path: str) -> torch.Tensor:
             outputs.append(last(x)[0, i])
             continue
         value = last.attn.in_proj_weight[2 * E:] @ last.ln_1(token) + last.attn.in_proj_bias[2 * E:]
+        if path in ("neighbourhood", "correlative"):
+            value = mixed_by_hand(last, x[0, 1:], i - 1, path, math.ceil(image.shape[2] / 8))
         value = last.attn.out_proj.weight @ value + last.attn.out_proj.bias
-        if path == "residual":
+        if path in ("residual", "correlative"):
             value = token + value
             value = value + last.mlp(last.ln_2(value))
         outputs.append(value)
@@ -210,7 +233,7 @@ IMAGE_SIZES = [pytest.param((32, 32), id="native"), pytest.param((48, 24), id="t
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", IMAGE_SIZES)
-@pytest.mark.parametrize("path", ["value", "residual", "vanilla"])
+@pytest.mark.parametrize("path", clip.DENSE_PATHS)
 def test_dense_features_equal_token_by_token(pair, path, size):
     """encode_dense equals each path's definition, also where positions are resampled and images padded."""
     ours, theirs = pair
@@ -318,8 +341,8 @@ def test_dense_features_by_several_paths_are_those_of_each(pair):
     """One run of the image tower for all: the same bits as a call for each."""
     ours, _ = pair
     images = random_images(2, 21, 50)
-    found = ours.encode_dense_paths(images, ["vanilla", "value", "residual"])
-    assert list(found) == ["vanilla", "value", "residual"]
+    found = ours.encode_dense_paths(images, reversed(clip.DENSE_PATHS))
+    assert list(found) == [*reversed(clip.DENSE_PATHS)]
     assert all(torch.equal(features, ours.encode_dense(images, path)) for path, features in found.items())
 
 

@@ -673,7 +673,7 @@ def test_the_recipe_of_voc_is_the_papers():
         loss_scale=100.0, short_side=336, crop=(336, 336), scale=(0.5, 2.0), distort=True, batch_size=1,
                                                   learning_rate=0.01,
         momentum=0.9, weight_decay=5e-4, poly_power=0.9, horizon=200, epochs=50,
-        cache_features=0.0)
+        hypotheses="", cache_features=0.0)
 
 
 @pytest.mark.parametrize("stage", [rectify, distill])

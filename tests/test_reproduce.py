@@ -258,18 +258,19 @@ def test_claims_are_counted_the_papers_and_ours_apart():
     assert tables.claim_lines([], {}, "x") == []
 
 
-def test_results_of_toyland_are_those_that_tables_py_writes(tmp_path, capsys):
-    """paper/results/toyland.md and the verdicts in toyland.json are of these numbers and of today's
-    claims."""
+@pytest.mark.parametrize("name", ["toyland", "ours"])
+def test_results_of_toyland_are_those_that_tables_py_writes(tmp_path, name):
+    """paper/results/toyland.md and the verdicts in toyland.json are of these numbers and of today's claims;
+    so are ours.md and ours.json, which have no figures."""
     folder = ROOT / "paper/results"
-    for path in (folder / "toyland.json", *folder.glob("figure*.png")):
+    for path in (folder / f"{name}.json", *(folder.glob("figure*.png") if name == "toyland" else ())):
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    tables.main(tables.flags().parse_args([str(tmp_path / "toyland.json")]))
-    for name in ("toyland.json", "toyland.md"):
-        assert (tmp_path / name).read_text() == (folder / name).read_text(), \
-            "python paper/tables.py paper/results/toyland.json"
+    tables.main(tables.flags().parse_args([str(tmp_path / f"{name}.json")]))
+    for file in (f"{name}.json", f"{name}.md"):
+        assert (tmp_path / file).read_text() == (folder / file).read_text(), \
+            f"python paper/tables.py paper/results/{name}.json"
     known = {"/".join(cell) for cell in reproduce.cells_of(list(WHAT), list(CLAIMS))}
-    assert set(json.loads((folder / "toyland.json").read_text())["values"]) <= known
+    assert set(json.loads((folder / f"{name}.json").read_text())["values"]) <= known
     (tmp_path / "other.json").write_text("[]")
     with pytest.raises(ValueError, match="expected the results.json of a reproduction"):
         tables.main(tables.flags().parse_args([str(tmp_path / "other.json")]))

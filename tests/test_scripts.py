@@ -36,7 +36,8 @@ from helpers import (SMALLEST, VOC_BASE, openai_state, photo, refusal, run, writ
 from toyland import world
 
 SCRIPTS = ["rectify", "distill", "evaluate", "segment", "toyland/world", "toyland/pretrain", "datasets/check",
-           "paper/run", "paper/scores", "paper/figures", "paper/tables", "paper/bias", "paper/reproduce"]
+           "paper/run", "paper/scores", "paper/figures", "paper/tables", "paper/bias", "paper/reproduce",
+           "paper/released", "paper/windows"]
 FIELDS = {"miou", "pixel_accuracy", "per_class_iou", "fingerprint"}
 
 
@@ -104,7 +105,7 @@ def test_help_answers_at_once_without_torch_and_without_a_network(tmp_path, scri
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("usage:") and "--debug" in result.stdout
     # What only measures or segments draws nothing at random.
-    without = ("evaluate", "segment", "paper/tables", "paper/bias")
+    without = ("evaluate", "segment", "paper/tables", "paper/bias", "paper/windows")
     assert ("--seed" in result.stdout) == (script not in without)
     assert after.children_user + after.children_system - before.children_user - before.children_system < 2
     assert list(tmp_path.iterdir()) == []
