@@ -315,7 +315,8 @@ def rectification(args: argparse.Namespace, system: rectify.System) -> dict:
         return found
     print("No rectification found: making one first, as python rectify.py would.")
     for_stage_2 = dict.fromkeys(("epochs", "batch_size", "learning_rate"))
-    setup = rectify.main(argparse.Namespace(**vars(args) | for_stage_2), system)
+    usual = vars(rectify.flags().parse_args([]))                        # of the flags that stage 2 lacks
+    setup = rectify.main(argparse.Namespace(**usual | vars(args) | for_stage_2), system)
     return runs.load(setup.folder("rectify") / "checkpoint.pt", "rectify")
 
 
