@@ -310,7 +310,7 @@ def test_point_of_a_sweep_that_is_the_recipe_has_no_run_of_its_own(voc):
     values = run(reproduce, "figure3", *voc, "--seeds", "1")
     assert not Path("runs/reproduce/voc/r=0.5").exists() and Path("runs/reproduce/voc/r=1").exists()
     assert values["r=0.5", "rectify", "miou"] == values["reclip++", "rectify", "miou"]
-    assert results()["same"] == {"r=0.5": "reclip++"}
+    assert results()["same"] == {"r=0.5": "reclip++", "path=residual": "reclip++"}
     assert Path("runs/reproduce/voc/figure3_hypothesis.png").stat().st_size > 1000
     recipe = json.loads(Path("runs/reproduce/voc/t=0.2/0/voc/rectify/recipe.json").read_text())
     assert recipe["recipe"]["vote_threshold"] == 0.2 and recipe["system"] == "reclip++"
