@@ -344,6 +344,8 @@ def open_setup(args: argparse.Namespace, checkpoint: dict | None = None,
         print(f"CLIP learned from English captions: it may not know {', '.join(foreign[:3])}.")
     device, root = machine.device_of(args.device), args.root or known.get("root", "data")
     clip_name = args.clip or known.get("clip_name", "toyland" if name == "toyland" else "ViT-B/16")
+    if args.precision == "bf16" and machine.lacks_bfloat16(device):
+        print("--precision bf16: this processor has no instruction for it, and will be slower than in fp32.")
     if args.download:
         image_files.download(name, root)
     activation = args.activation or (known.get("activation") if clip_name == known.get("clip_name") else None)

@@ -358,7 +358,7 @@ def main(args: argparse.Namespace, system: System = System()) -> data.Setup:
                 losses = train_step(student, seen, taught, batch, votes[rows].to(setup.device),
                                     teacher_recipe, recipe, noise, system.loss)
             training.descend(losses["loss"], learning_rate(recipe, step, steps), [ids[row] for row in rows])
-            training.done(**{name: loss.item() for name, loss in losses.items()})
+            training.done(**losses)
     return setup
 
 

@@ -469,7 +469,7 @@ def main(args: argparse.Namespace, system: System = System()) -> data.Setup:
                 loss = train_step(rectifier, setup.clip_model, features, votes[rows].to(setup.device), query,
                                   setup.vocabulary.names, recipe, noise, system.loss)
             training.descend(loss, learning_rate(recipe, step, per_epoch), [ids[row] for row in rows])
-            training.done(loss=loss.item())
+            training.done(loss=loss)
     return setup
 
 

@@ -7,6 +7,7 @@ import hashlib
 import os
 import platform
 import time
+from pathlib import Path
 
 
 def device_of(name: str | None):
@@ -34,6 +35,16 @@ def autocast(device, precision: str):
     """float32 is the truth; `bf16` runs matrix products and convolutions in bfloat16."""
     import torch
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def lacks_bfloat16(device, cpuinfo: str = "/proc/cpuinfo") -> bool:
+    """Whether a CPU is known to have no instruction for products in bfloat16; it then takes tens of times as
+    long for them as in float32 (benchmarks/README.md)."""
+    try:
+        flags = Path(cpuinfo).read_text().split()
+    except OSError:                             # no Linux: not known
+        return False
+    return device.type == "cpu" and "flags" in flags and not {"avx512_bf16", "amx_bf16"} & set(flags)
 
 
 def in_float32(function):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -143,7 +144,7 @@ class Training:
             for step in range(training.first_step, steps):
                 loss = …
                 training.descend(loss, rate, ids)
-                training.done(loss=loss.item())
+                training.done(loss=loss)
 
     When the block ends the run is finished. It is saved before the first step, after every epoch, every
     `save_every` minutes, and on Ctrl-C (which is taken between two steps, never inside one). `also` names
@@ -157,6 +158,8 @@ class Training:
         self.model, self.optimizer, self.also = model, optimizer, also or {}
         self.steps, self.per_epoch, self.resume = steps, steps_per_epoch, resume
         self.save_every = 60 * save_every
+        self.unseen = []                        # (step, its loss, rate, ids) since the last look at them
+        self.look_every = 1 if optimizer.param_groups[0]["params"][0].device.type == "cpu" else 50
         self.unfinished, self.first_step, self.log, self.stop_asked = folder / "unfinished", 0, [], False
         self.open = contextlib.ExitStack()
 
@@ -230,25 +233,38 @@ class Training:
         self.stop_asked = True
 
     def descend(self, loss, rate: float | None, ids) -> None:
-        """One step of the optimiser at a learning rate (None: as it is set). Raises ValueError for a loss
-        that is NaN or infinite, before it can touch a weight; `ids` names the images it came from."""
-        if not loss.isfinite():
-            smaller = "start anew with a smaller one in the optimizer of this script" if rate is None else \
-                f"start anew with --learning-rate {rate / 10:.1g}"
-            raise ValueError(
-                f"the loss of step {self.step} is {loss.item()}, expected a finite number. The images were "
-                f"{', '.join(ids)}. The last good state stays in {self.unfinished}. A smaller learning rate "
-                f"usually mends it: {smaller} and another --out, which keeps this run.")
+        """One step of the optimiser at a learning rate (None: as it is set). `ids` names the images that the
+        loss came from."""
+        self.unseen.append((self.step, loss.detach(), rate, ids))
+        if len(self.unseen) >= self.look_every:
+            self.look()
         for group in self.optimizer.param_groups:
             group["lr"] = group["lr"] if rate is None else rate
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
 
-    def done(self, **losses: float) -> None:
-        """Book a finished step: log it, and save where it is time to."""
+    def look(self) -> None:
+        """Raise ValueError for a step whose loss was NaN or infinite. Reading a number waits for the GPU, so
+        there it is done every 50 steps and before every save: what is saved is good. A CPU looks at every
+        loss, before it can touch a weight."""
+        import torch
+        losses = torch.stack([loss for _, loss, _, _ in self.unseen]).tolist()
+        for (step, _, rate, ids), loss in zip(self.unseen, losses):
+            if not math.isfinite(loss):
+                smaller = "with a smaller one in the optimizer of this script" if rate is None else \
+                    f"with --learning-rate {rate / 10:.1g}"
+                raise ValueError(
+                    f"the loss of step {step} is {loss}, expected a finite number. The images were "
+                    f"{', '.join(ids)}. The last good state stays in {self.unfinished}. A smaller learning "
+                    f"rate usually mends it: start anew {smaller} and another --out, which keeps this run.")
+        self.unseen.clear()
+
+    def done(self, **losses) -> None:
+        """Book a finished step, losses as tensors: log it, and save where it is time to."""
         self.bar.update()
         if self.step % max(1, self.steps // 200) == 0 or self.step + 1 == self.steps:
+            losses = {name: loss.item() for name, loss in losses.items()}
             self.bar.set_postfix({name: f"{value:.3f}" for name, value in losses.items()}, refresh=False)
             self.log.append({"step": self.step, **losses, "rate": self.optimizer.param_groups[0]["lr"],
                              "seconds": round(time.monotonic() - self.started, 1)})
@@ -263,6 +279,8 @@ class Training:
                                     "--resume goes on.")
 
     def save(self, name: str) -> None:
+        if self.unseen:
+            self.look()
         content = {"stage": self.stage, "settings": self.settings, "step": self.step,
                    "weights": self.model.state_dict()}
         if name == "state.pt":

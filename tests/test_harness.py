@@ -538,6 +538,16 @@ def test_device_that_is_not_there_is_refused_by_name(name):
     assert machine.device_of("cpu").type == "cpu"
 
 
+@pytest.mark.parametrize("said, lacks", [
+    ("flags\t\t: fpu avx2 avx512f\n", True), ("flags\t\t: fpu avx512_bf16\n", False),
+    ("flags\t\t: amx_bf16 amx_tile\n", False), ("Features\t: fp asimd bf16\n", False)])
+def test_processor_without_bfloat16_is_known_by_its_flags(tmp_path, said, lacks):
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\n" + said)
+    assert machine.lacks_bfloat16(torch.device("cpu"), str(tmp_path / "cpuinfo")) is lacks
+    assert not machine.lacks_bfloat16(torch.device("cuda"), str(tmp_path / "cpuinfo"))
+    assert not machine.lacks_bfloat16(torch.device("cpu"), str(tmp_path / "nowhere"))
+
+
 # ------------------------------------------------------------------------------------------ training
 
 STEPS, PER_EPOCH = 12, 4
@@ -557,20 +567,20 @@ def toy(seed=0):
 
 
 def train(folder, resume=False, settings=SETTINGS, steps=STEPS, at_step=lambda step: None, seed=0,
-          poison=None,
-          save_every=10.0):
+          poison=None, save_every=10.0, look_every=1):
     """A little training as the stages do it: what is random in a step depends on the step alone."""
     model, optimizer = toy(seed)
     with runs.Training(folder, "toy", settings, {"stage": "toy", "recipe": {"rate": 0.1}}, model, optimizer,
                        steps=steps,
                        steps_per_epoch=PER_EPOCH, resume=resume, save_every=save_every) as training:
+        training.look_every = look_every
         for step in range(training.first_step, steps):
             at_step(step)
             inputs = torch.randn(8, 3, generator=torch.Generator().manual_seed(machine.seed_of(0, step)))
             loss = model(inputs).square().mean() + model(inputs).mean()
-            training.descend(loss * poison if poison and step == PER_EPOCH + 1 else loss, 0.1 / (1 + step),
-                             ["a", "b"])
-            training.done(loss=loss.item())
+            training.descend(loss * poison[1] if poison and step == poison[0] else loss, 0.1 / (1 + step),
+                             [f"a{step}", f"b{step}"])
+            training.done(loss=loss)
     return folder / "checkpoint.pt"
 
 
@@ -810,17 +820,37 @@ def test_damaged_log_does_not_hinder_a_resume(tmp_path, damage):
 def test_non_finite_loss_stops_the_run_and_names_the_images(tmp_path, bad):
     """Before it touches a weight. What was saved before stays: the last whole epoch."""
     with pytest.raises(ValueError,
-                       match=r"loss of step 5 is (nan|-?inf), expected a finite number.*a, b\..*unfinished"):
-        train(tmp_path, poison=bad)
+                       match=r"loss of step 5 is (nan|-?inf), expected a finite number.*a5, b5\..*unfini"):
+        train(tmp_path, poison=(5, bad))
     saved = torch.load(tmp_path / "unfinished/state.pt", weights_only=True)
     assert saved["step"] == PER_EPOCH and not (tmp_path / "checkpoint.pt").exists()
     assert all(tensor.isfinite().all() for tensor in saved["weights"].values())
 
 
+@pytest.mark.parametrize("step", [0, 1, PER_EPOCH - 1, PER_EPOCH, PER_EPOCH + 2, STEPS - 1])
+@pytest.mark.parametrize("look_every", [3, 5, 100])
+def test_loss_that_is_looked_at_later_is_told_with_its_step_and_never_saved(tmp_path, step, look_every):
+    """As beside a GPU: the weights are spoilt meanwhile, but no file holds them, and the run can go on."""
+    with pytest.raises(ValueError, match=rf"loss of step {step} is nan.* images were a{step}, b{step}\."):
+        train(tmp_path / "run", poison=(step, float("nan")), look_every=look_every)
+    saved = torch.load(tmp_path / "run/unfinished/state.pt", weights_only=True)
+    assert saved["step"] == step // PER_EPOCH * PER_EPOCH and not (tmp_path / "run/checkpoint.pt").exists()
+    assert all(tensor.isfinite().all() for tensor in saved["weights"].values())
+    assert_same_weights(train(tmp_path / "run", resume=True, seed=1), train(tmp_path / "whole"))
+
+
+def test_steps_beside_a_gpu_read_no_loss(tmp_path, monkeypatch):
+    """Only every third step, and before every save."""
+    looks, look = [], runs.Training.look
+    monkeypatch.setattr(runs.Training, "look", lambda self: looks.append(self.step) or look(self))
+    train(tmp_path, look_every=3)
+    assert looks == [2, 4, 6, 8, 10, 12]
+
+
 def test_advice_for_a_loss_that_is_not_finite_can_be_followed(tmp_path):
     """The flag that it names exists, its value can be read, and the run that it says to keep is kept."""
     with pytest.raises(ValueError) as error:
-        train(tmp_path / "run", poison=float("nan"))
+        train(tmp_path / "run", poison=(PER_EPOCH + 1, float("nan")))
     [given] = re.findall(r"--learning-rate \S+", str(error.value))
     args = flags.parser("What.", "training").parse_args([*given.split(), "--out", "another"])
     assert args.learning_rate == pytest.approx(0.1 / (PER_EPOCH + 2) / 10, rel=0.4)
@@ -865,7 +895,7 @@ def test_optimiser_is_given_the_rate_of_every_step_and_fresh_gradients(tmp_path)
                        resume=False) as training:
         for rate in (0.5, 0.25, None):
             training.descend((weight * torch.tensor([1.0, 2.0])).sum() + other.sum(), rate, ["a"])
-            training.done(loss=0.0)
+            training.done(loss=torch.tensor(0.0))
     assert seen == [([0.5, 0.5], [1, 2]), ([0.25, 0.25], [1, 2]), ([0.25, 0.25], [1, 2])]
     assert weight.tolist() == [-1.0, -2.0]
 

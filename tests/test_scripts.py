@@ -30,7 +30,7 @@ import segment
 from conftest import ROOT
 from datasets import DATASETS
 from datasets import images as image_files
-from harness import errors, runs
+from harness import errors, machine, runs
 from helpers import (SMALLEST, VOC_BASE, openai_state, photo, refusal, run, write_label, write_openai_archive,
                      write_photos, write_voc_tree)
 from toyland import world
@@ -569,6 +569,13 @@ def test_quick_is_other_numbers_and_says_first_what_will_take_how_long(voc, caps
     assert recipes[0] == recipes[1] and (recipes[0]["batch_size"], recipes[0]["window_ratio"]) == (3, 0.4)
     assert recipes[0]["learning_rate"] == pytest.approx(rectify.RECIPES["voc"].learning_rate * 3 / 2)
     assert same_weights(weights_of("rectify", "quick"), weights_of("rectify", "spelt"))
+
+
+@pytest.mark.parametrize("lacks", [True, False])
+def test_bf16_on_a_processor_without_it_says_that_it_will_be_slow(voc, capsys, monkeypatch, lacks):
+    monkeypatch.setattr(machine, "lacks_bfloat16", lambda device: lacks)
+    run(rectify, *voc, "--precision", "bf16", "--epochs", "1")
+    assert ("--precision bf16: this processor has no instruction for it" in capsys.readouterr().out) is lacks
 
 
 def test_learning_rate_goes_with_the_batch(voc):

@@ -195,7 +195,7 @@ def pretrain(pictures: np.ndarray, captions: list[str], epochs: int, seed: int, 
             schedule.step()
             with torch.no_grad():
                 model.logit_scale.clamp_(max=np.log(100))                       # CLIP, Sec. 2.5
-            training.done(loss=loss.item(), scale=model.logit_scale.exp().item())
+            training.done(loss=loss, scale=model.logit_scale.exp())
     return model.eval()
 
 
@@ -217,7 +217,7 @@ def pretrain_resnet(pictures: np.ndarray, captions: list[str], epochs: int, seed
             loss = F.binary_cross_entropy_with_logits(resnet(to_batch(pictures[chosen])), named[chosen])
             training.descend(loss, None, [captions[i] for i in chosen])
             schedule.step()
-            training.done(loss=loss.item())
+            training.done(loss=loss)
     return resnet.eval()
 
 
