@@ -44,7 +44,7 @@ from tqdm import tqdm
 import clip
 from clip import MEAN, STD              # for every network: ImageNet's are not what CLIP was trained with
 from datasets import is_folder, images as image_files, words
-from harness import files, machine, runs
+from harness import files, machine, processes, runs
 from harness.flags import with_flags
 from harness.machine import seed_of
 from toyland.networks import small_clip
@@ -208,7 +208,8 @@ def steps_per_epoch(images: int, batch_size: int) -> int:
 
 
 class Batches:
-    """Which image comes when: lists of (epoch, index), a function of the seed and the step alone."""
+    """Which image comes when: lists of (epoch, index), a function of the seed and the step alone. Of several
+    processes each gets its rows."""
 
     def __init__(self, images: int, batch_size: int, first_step: int, steps: int, seed: int):
         self.images, self.batch_size, self.first_step = images, batch_size, first_step
@@ -224,8 +225,8 @@ class Batches:
             if order_of != epoch:
                 order = np.random.default_rng(seed_of(self.seed, "order", epoch)).permutation(self.images)
                 order_of = epoch
-            yield [(epoch, int(index))
-                   for index in order[place * self.batch_size:(place + 1) * self.batch_size]]
+            batch = order[place * self.batch_size:(place + 1) * self.batch_size]
+            yield [(epoch, int(index)) for index in batch[processes.share(len(batch))]]
 
 
 # ---------------------------------------------------------------------------------------- what a run works on
@@ -283,6 +284,12 @@ class Setup:
         if is_folder(self.data):                        # a folder of your own has one set of images
             return self.training_images
         return self.without_broken(image_files.validation_images(self.data, self.root))
+
+    def share(self) -> Setup:
+        """The same with this process's share of the training images; with one process, all of them."""
+        part, images = replace(self), list(self.training_images.items())
+        part.training_images = dict(images[processes.share(len(images))])
+        return part
 
     def without_broken(self, images: dict[str, Path]) -> dict[str, Path]:
         if not self.args.skip_broken:
@@ -344,6 +351,7 @@ def open_setup(args: argparse.Namespace, checkpoint: dict | None = None,
         print(f"CLIP learned from English captions: it may not know {', '.join(foreign[:3])}.")
     device, root = machine.device_of(args.device), args.root or known.get("root", "data")
     clip_name = args.clip or known.get("clip_name", "toyland" if name == "toyland" else "ViT-B/16")
+    processes.begin(device)
     if args.precision == "bf16" and machine.lacks_bfloat16(device):
         print("--precision bf16: this processor has no instruction for it, and will be slower than in fp32.")
     if args.download:
@@ -379,7 +387,9 @@ def recipe_for(setup: Setup, recipes: dict, numbers: dict[str, dict]):
                          f"{', '.join(sorted(unknown))}.")
     key = "folder" if is_folder(name) else name
     recipe = replace(recipes[key], **numbers.get("any", {}) | numbers.get(key, {}))
-    return with_flags(recipe, setup.args, most=len(setup.training_images))
+    recipe = with_flags(recipe, setup.args, most=len(setup.training_images))
+    processes.refuse_uneven(min(recipe.batch_size, len(setup.training_images)), recipe.learning_rate)
+    return recipe
 
 
 def refuse_another_folder(setup: Setup) -> None:

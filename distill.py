@@ -44,7 +44,7 @@ from torch import Tensor, nn
 import clip
 import data
 import rectify
-from harness import machine, runs
+from harness import machine, processes, runs
 from rectify import Rectifier, contrastive_loss, multi_label_hypothesis, rectified_masks, reference_features
 from toyland import networks
 
@@ -236,7 +236,7 @@ def train_step(student: Student, teacher_features: Tensor, teacher_logits: Tenso
     """The losses of one batch, images (B, 3, H, W), votes f (B, C): "loss" is the total. Sec. III-E."""
     features = student.network(images)                                          # Ẑ (B, D, h, w)
     logits = student.head(features)                                             # M^D (B, C, h, w)
-    uniform = torch.rand(logits.shape, generator=noise, device=logits.device)
+    uniform = processes.uniform(logits.shape, noise)
     masks = rectified_masks(logits, teacher_recipe.mask_scale, uniform)         # (B, C, h, w)   Eq. 5
     hypothesis = multi_label_hypothesis(votes, teacher_recipe.vote_threshold)   # H (B, C)       Eq. 6
     size = images.shape[-2:] if recipe.losses_at == "image" else logits.shape[-2:]
@@ -336,6 +336,7 @@ def main(args: argparse.Namespace, system: System = System()) -> data.Setup:
 
     torch.manual_seed(machine.seed_of(args.seed, "student"))
     student = build_student(setup, rectifier, query, recipe, system)
+    step_of = processes.parallel(train_step, student)           # one process: the function itself
     learned = [parameter for parameter in student.parameters() if parameter.requires_grad]  # the network's
     optimizer = torch.optim.SGD(learned, lr=recipe.learning_rate, momentum=recipe.momentum,
                                 weight_decay=recipe.weight_decay)
@@ -355,8 +356,8 @@ def main(args: argparse.Namespace, system: System = System()) -> data.Setup:
             with machine.autocast(setup.device, setup.precision):
                 seen, taught = teach(rectifier, setup.clip_model, batch, query, student.head.reference,
                                      teacher_recipe.dense_path)
-                losses = train_step(student, seen, taught, batch, votes[rows].to(setup.device),
-                                    teacher_recipe, recipe, noise, system.loss)
+                losses = step_of(seen, taught, batch, votes[rows].to(setup.device), teacher_recipe, recipe,
+                                 noise, system.loss)
             training.descend(losses["loss"], learning_rate(recipe, step, steps), [ids[row] for row in rows])
             training.done(**losses)
     return setup

@@ -54,7 +54,7 @@ import rectify
 from clip.download import sha256
 from datasets import IGNORE, images as image_files, is_folder, labels as ground_truth
 from datasets.words import Vocabulary
-from harness import files, machine, runs
+from harness import files, machine, processes, runs
 from rectify import query_logits
 
 STAGES = {"vanilla": "vanilla CLIP", "maskclip": "MaskCLIP", "rectify": "ReCLIP++ rectified",
@@ -319,7 +319,8 @@ def measure(setup: data.Setup, found: dict[str, Predictor], labels: dict[str, Pa
     classes = len(setup.vocabulary)
     confusion = {stage: torch.zeros(classes, classes, dtype=torch.int64, device=setup.device)
                  for stage in found}
-    for true_label, of_stages in predictions(setup, found, labels, denoising, smoothing):
+    of_this_process = dict(list(labels.items())[processes.share(len(labels))])
+    for true_label, of_stages in predictions(setup, found, of_this_process, denoising, smoothing):
         for stage, predicted in of_stages.items():
             confusion[stage] += confusion_matrix(true_label, predicted, classes)
     metrics = {}
@@ -328,7 +329,7 @@ def measure(setup: data.Setup, found: dict[str, Predictor], labels: dict[str, Pa
         if smoothing > 0 and stage != "distill":
             refinements["key_smoothing"] = smoothing
         measured_as = fingerprint(setup, stage, predictor, len(labels)) | {"refinements": refinements}
-        metrics[stage] = measures(confusion[stage].cpu(),
+        metrics[stage] = measures(processes.total(confusion[stage]).cpu(),
                                   setup.vocabulary.names) | {"fingerprint": measured_as}
     return metrics
 
@@ -400,7 +401,9 @@ def colour(classes: Tensor, palette) -> Image.Image:
 def picture_sheet(setup: data.Setup, columns: dict[str, Predictor], labels: dict[str, Path], path: Path,
                   rows: int = 6, height: int = 144) -> None:
     """A row for each of some validation images: the image, every column's classes under its title, the truth
-    if known; below, a legend."""
+    if known; below, a legend. Of several processes one draws it."""
+    if machine.RANK > 0:
+        return
     images, palette = setup.validation_images, setup.vocabulary.palette
     patch = setup.clip_model.visual.patch_size
     read_label = ground_truth.LabelReader(setup.data, len(setup.vocabulary))

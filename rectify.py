@@ -49,7 +49,7 @@ import data
 from datasets import hypotheses
 from datasets.images import stamps_of
 from datasets.words import Vocabulary
-from harness import machine, runs
+from harness import machine, processes, runs
 
 # ------------------------------------------------------------------------------------------ the recipe
 
@@ -331,8 +331,7 @@ def train_step(rectifier: Rectifier, clip_model: clip.CLIP, features: Tensor, vo
                loss: Callable = contrastive_loss) -> Tensor:
     """The loss of one batch: features Z (B, D, h, w), votes f (B, C), query W_q (C, D). Sec. III-B to D."""
     positions = clip_model.visual.patch_positions(*features.shape[-2:]).detach()                # PE (E, h, w)
-    uniform = torch.rand(len(features), len(query), *features.shape[-2:], generator=noise,
-                         device=features.device)
+    uniform = processes.uniform((len(features), len(query), *features.shape[-2:]), noise)
 
     reference = reference_features(clip_model, rectifier.prompt, class_names)       # W_r (C, D)         Eq. 1
     bias = rectifier.bias(positions, reference)                                     # M_b (C, h, w)      Eq. 2
@@ -384,7 +383,7 @@ def votes_of(setup: data.Setup, query: Tensor, recipe: Recipe, system: System) -
         return hypotheses.votes(recipe.hypotheses, setup.data, setup.root, list(setup.training_images),
                                 len(query))
     return setup.kept("votes", (len(setup.training_images), len(query)),
-                      lambda: system.votes(setup, query, recipe),
+                      lambda: processes.gathered(system.votes(setup.share(), query, recipe)),
                       system.votes.__name__, recipe.window_ratio, recipe.short_side,
                       stamps_of(setup.training_images))
 
@@ -445,6 +444,7 @@ def main(args: argparse.Namespace, system: System = System()) -> data.Setup:
 
     torch.manual_seed(machine.seed_of(args.seed, "rectifier"))
     rectifier = build_rectifier(setup, recipe, system)
+    step_of = processes.parallel(train_step, rectifier)         # one process: the function itself
     augment = data.augmentation(recipe.short_side, recipe.crop, recipe.scale, recipe.distort)
     dataset = data.TrainingImages(setup.training_images, augment, args.seed)
     if recipe.cache_features:
@@ -466,8 +466,8 @@ def main(args: argparse.Namespace, system: System = System()) -> data.Setup:
             with machine.autocast(setup.device, setup.precision):
                 features = batch if recipe.cache_features \
                     else rectifier.encode(setup.clip_model, batch, recipe.dense_path)                   # Z
-                loss = train_step(rectifier, setup.clip_model, features, votes[rows].to(setup.device), query,
-                                  setup.vocabulary.names, recipe, noise, system.loss)
+                loss = step_of(setup.clip_model, features, votes[rows].to(setup.device), query,
+                               setup.vocabulary.names, recipe, noise, system.loss)
             training.descend(loss, learning_rate(recipe, step, per_epoch), [ids[row] for row in rows])
             training.done(loss=loss)
     return setup

@@ -10,6 +10,8 @@ import sys
 import traceback
 from pathlib import Path
 
+from harness.machine import COUNT, RANK
+
 PROJECT = Path(__file__).resolve().parents[1]
 
 
@@ -33,7 +35,8 @@ def one_paragraph(debug: bool = False):
             raise
         if debug:
             traceback.print_exc()
-        print(f"\nerror: {text}", file=sys.stderr)
+        which = f" in process {RANK} of {COUNT}" if COUNT > 1 else ""
+        print(f"\nerror{which}: {text}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -47,6 +50,9 @@ def paragraph(error: Exception) -> str | None:
                 "the memory.")
     if "Original Traceback" in text:      # from a worker process: torch puts the traceback before the message
         return text.strip().rpartition(f"{type(error).__name__}: ")[2]
+    if COUNT > 1 and isinstance(error, RuntimeError) and ("onnection" in text or "NCCL" in text):
+        return ("expected all processes to go on, found that another has ended; its own message says why. "
+                "The same command and --resume goes on from what was saved last.")
     if isinstance(error, OSError) and error.errno:
         file = error.filename2 or error.filename or "the run folder"
         return (f"expected to use {file}, found: {error.strerror}. Check the path, its permissions and the "

@@ -8,7 +8,7 @@ import os
 import zipfile
 from pathlib import Path
 
-from harness.machine import seed_of
+from harness.machine import RANK, seed_of
 
 
 def write_atomically(path: Path, write, flush: bool = True) -> None:
@@ -31,7 +31,9 @@ def write_atomically(path: Path, write, flush: bool = True) -> None:
 
 
 def write_json(path: Path, content) -> None:
-    write_atomically(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
+    """A file of a run folder: of several processes one writes it."""
+    if RANK == 0:
+        write_atomically(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
 
 
 def save(path: Path, content) -> None:
@@ -59,24 +61,36 @@ def read(path: Path):
 def cached(folder: Path, name: str, key, shape: tuple[int, ...], make):
     """The tensor of `make()`, stored in `folder` under a key of everything it depends on.
 
-    A file that cannot be read, or holds no finite tensor of that shape, is made again. Two processes that
-    want the same tensor make it once: the second waits.
+    A file that cannot be read, or holds no finite tensor of that shape, is made again. Two commands that want
+    the same tensor make it once: the second waits. The processes of one command make it together, each its
+    share or the same.
     """
+    from harness import processes
     path = Path(folder) / f"{name}-{seed_of(key):016x}.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with locked(path.with_suffix(".lock")):
-        if path.exists():
-            try:
-                content = read(path)
-                if content.shape == shape and bool(content.isfinite().all()):
-                    return content
-                reason = "another content"
-            except Exception as error:      # whatever is in it
-                reason = type(error).__name__
-            print(f"{path} is damaged ({reason}): making it again.")
+    with locked(path.with_suffix(".lock")) if RANK == 0 else contextlib.nullcontext():
+        content = stored(path, shape) if RANK == 0 else None
+        if processes.agreed(content is not None):
+            return content if RANK == 0 else read(path)
         content = make()
-        save(path, content)
+        if RANK == 0:
+            save(path, content)
     return content
+
+
+def stored(path: Path, shape: tuple[int, ...]):
+    """The tensor in a file of the cache; None if there is none, or another content."""
+    if not path.exists():
+        return None
+    try:
+        content = read(path)
+        if content.shape == shape and bool(content.isfinite().all()):
+            return content
+        reason = "another content"
+    except Exception as error:              # whatever is in it
+        reason = type(error).__name__
+    print(f"{path} is damaged ({reason}): making it again.")
+    return None
 
 
 @contextlib.contextmanager

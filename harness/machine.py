@@ -9,12 +9,19 @@ import platform
 import time
 from pathlib import Path
 
+# As torchrun tells its processes (processes.py): which one this is, of how many. The others draw no bars.
+RANK, COUNT = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+if RANK > 0:
+    os.environ["TQDM_DISABLE"] = "1"            # read when tqdm is imported
+
 
 def device_of(name: str | None):
-    """The torch device of `--device`, the GPU if it is None and there is one. Raises ValueError if it cannot
-    be used."""
+    """The torch device of `--device`, the GPU if it is None and there is one (of several processes, each has
+    its own). Raises ValueError if it cannot be used."""
     import torch
-    name = name if name is not None else "cuda" if torch.cuda.is_available() else "cpu"
+    if name is None:
+        of_this = "cuda" if COUNT == 1 else f"cuda:{os.environ['LOCAL_RANK']}"
+        name = of_this if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).cpu()

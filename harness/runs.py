@@ -24,7 +24,9 @@ import time
 import typing
 from pathlib import Path
 
+from harness import processes
 from harness.files import locked, read, refuse_folders, save, write_atomically, write_json
+from harness.machine import RANK
 
 # ------------------------------------------------------------------------------------------ run folders
 
@@ -171,12 +173,25 @@ class Training:
         state = self.unfinished / "state.pt"
         if self.resume:
             self.load(state if state.exists() else self.folder / "checkpoint.pt")
-        self.step = self.first_step
-        if self.is_finished():
-            if self.unfinished.exists():        # killed between the last two lines of `finish`
+        self.step, self.was_finished = self.first_step, self.is_finished()
+        processes.wait()                        # until all have read what the first will replace
+        if self.was_finished:
+            if self.unfinished.exists() and RANK == 0:      # killed between the last two lines of `finish`
                 with locked(self.unfinished / "lock", wait=False):
                     shutil.rmtree(self.unfinished)
             return self
+        if RANK == 0:
+            self.begin()
+        self.bar = self.open.enter_context(tqdm(total=self.steps, initial=self.first_step, unit="step",
+                                                desc=self.stage))
+        ask = self.ask_to_stop if RANK == 0 else signal.SIG_IGN         # the first saves, and ends for all
+        self.open.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, ask))
+        self.started = time.monotonic()
+        return self
+
+    def begin(self) -> None:
+        """Take the folder, say what will be done, and save the first state."""
+        state = self.unfinished / "state.pt"
         self.unfinished.mkdir(parents=True, exist_ok=True)
         self.open.enter_context(locked(self.unfinished / "lock", wait=False))
         if state.exists() and not self.resume:
@@ -191,11 +206,6 @@ class Training:
                          lambda file: file.write("".join(json.dumps(line) + "\n"
                                                          for line in self.log).encode()))
         self.save("state.pt")
-        self.bar = self.open.enter_context(tqdm(total=self.steps, initial=self.first_step, unit="step",
-                                                desc=self.stage))
-        self.open.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, self.ask_to_stop))
-        self.started = time.monotonic()
-        return self
 
     def load(self, path: Path) -> None:
         """Go on from `path`. Raises ValueError when it was made with other settings, or does not fit."""
@@ -264,14 +274,15 @@ class Training:
         """Book a finished step, losses as tensors: log it, and save where it is time to."""
         self.bar.update()
         if self.step % max(1, self.steps // 200) == 0 or self.step + 1 == self.steps:
-            losses = {name: loss.item() for name, loss in losses.items()}
+            losses = {name: processes.mean(loss).item() for name, loss in losses.items()}
             self.bar.set_postfix({name: f"{value:.3f}" for name, value in losses.items()}, refresh=False)
             self.log.append({"step": self.step, **losses, "rate": self.optimizer.param_groups[0]["lr"],
                              "seconds": round(time.monotonic() - self.started, 1)})
-            with open(self.unfinished / "log.jsonl", "a") as file:
-                file.write(json.dumps(self.log[-1]) + "\n")
+            if RANK == 0:
+                with open(self.unfinished / "log.jsonl", "a") as file:
+                    file.write(json.dumps(self.log[-1]) + "\n")
         self.step += 1
-        late = time.monotonic() - self.saved > self.save_every
+        late = RANK == 0 and time.monotonic() - self.saved > self.save_every
         if self.step % self.per_epoch == 0 or self.stop_asked or late:
             self.save("state.pt")
         if self.stop_asked:
@@ -281,6 +292,8 @@ class Training:
     def save(self, name: str) -> None:
         if self.unseen:
             self.look()
+        if RANK > 0:
+            return
         content = {"stage": self.stage, "settings": self.settings, "step": self.step,
                    "weights": self.model.state_dict()}
         if name == "state.pt":
@@ -291,12 +304,14 @@ class Training:
 
     def __exit__(self, kind, *_) -> None:
         with self.open:                         # whatever happens, signal, bar and lock are given back
-            if kind is None and not self.is_finished():
-                self.finish()
+            if kind is None and not self.was_finished:
+                self.save("checkpoint.pt")
+                if RANK == 0:
+                    self.finish()
+                processes.wait()                # what comes next reads the checkpoint
 
     def finish(self) -> None:
         """Put checkpoint, recipe and log of this run in the place of the earlier one's."""
-        self.save("checkpoint.pt")
         for name in ("metrics.json", "preview.png"):            # of the checkpoint that is replaced
             (self.folder / name).unlink(missing_ok=True)
         for name in ("checkpoint.pt", "recipe.json", "log.jsonl"):
