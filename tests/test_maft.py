@@ -127,11 +127,22 @@ def test_class_scores_are_a_softmax_of_cosines():
 
 def test_score_spread_is_the_mean_total_variation_of_pairs():
     scores = random(6, 4).softmax(dim=1)
-    pairs = [sum(abs(scores[i, c] - scores[j, c]).item() for c in range(4)) / 2
-             for i in range(6) for j in range(6) if i != j]
-    assert maft.score_spread(scores) == pytest.approx(100 * sum(pairs) / len(pairs), rel=1e-5)
-    assert maft.score_spread(torch.eye(4)) == pytest.approx(100)
-    assert maft.score_spread(scores[:1].expand(3, -1)) == pytest.approx(0) == maft.score_spread(scores[:1])
+    pairs = random(6, 6, seed=1) > 0
+    each = [sum(abs(scores[i, c] - scores[j, c]).item() for c in range(4)) / 2
+            for i in range(6) for j in range(6) if pairs[i, j]]
+    assert maft.score_spread(scores, pairs) == pytest.approx(100 * sum(each) / len(each), rel=1e-5)
+    other = ~torch.eye(4, dtype=torch.bool)
+    assert maft.score_spread(torch.eye(4), other) == pytest.approx(100)
+    assert maft.score_spread(scores[:1].expand(4, -1), other) == pytest.approx(0)
+    assert math.isnan(maft.score_spread(scores, torch.zeros(6, 6, dtype=torch.bool)))
+
+
+def test_class_of_a_proposal_is_that_of_most_of_its_labelled_pixels():
+    label = torch.tensor([[0, 0, 2, 255], [0, 1, 2, 255]])
+    masks = torch.zeros(4, 2, 4, dtype=torch.bool)
+    masks[0, :, :2], masks[1, :, 1:] = True, True
+    masks[2, :, 3] = True
+    assert maft.class_of(masks, label, 3).tolist() == [0, 2, 3, 3], "unlabelled and empty: none"
 
 
 def test_soft_iou_is_the_slow_loop():
