@@ -16,6 +16,7 @@ from PIL import Image
 
 import clip
 import evaluate
+import rectify
 from conftest import ROOT
 from datasets import DATASETS
 from helpers import TINY, openai_state, random, refusal, relative, run, unit, write_voc_tree
@@ -351,6 +352,18 @@ def test_command_trains_measures_and_says_it(voc, capsys, train_on):
     changed = {name for name, tensor in weights().items() if not tensor.equal(before[name])}
     assert changed and all(any(part in name for part in (".attn.", ".ln_1.", ".ln_2.", "ln_post."))
                            for name in changed)
+
+
+def test_proposals_of_a_rectification_and_of_a_user(voc, capsys):
+    """Without a checkpoint its command is named; masks of a user are read for the images that are measured."""
+    assert "python rectify.py" in refusal(capsys, maft, *voc, "--proposals", "rectify")
+    run(rectify, *voc)
+    assert run(maft, *voc, "--proposals", "rectify")["tuned"]["fingerprint"]["proposals"] == "rectify"
+    for name in ("2007_000033", "2007_000042"):
+        Path("masks", name).mkdir(parents=True)
+        Image.new("L", (56, 20), 255).save(Path("masks", name, "0.png"))
+    assert run(maft, *voc, "--proposals", "masks")["tuned"]["proposals"] == 2
+    assert "2007_0000" in refusal(capsys, maft, *voc, "--proposals", "masks", "--train-on", "proposals")
 
 
 def test_same_seed_gives_the_same_bits_and_labels_of_unseen_classes_give_none(voc):
