@@ -20,7 +20,8 @@ if __name__ == "__main__":
     sys.path[0] = str(PROJECT)              # modules are named from the project's folder
 
 from harness import errors, flags as common
-from paper.reported import FIGURES, MEASURES, RATIOS, SWEEPS, TABLES, THRESHOLDS, WHAT, Cell, Claim, stage_1
+from paper.reported import (FIGURES, MEASURES, OF_MAFT, RATIOS, SWEEPS, TABLES, THRESHOLDS, WHAT, Cell, Claim,
+                            stage_1)
 
 
 def flags() -> argparse.ArgumentParser:
@@ -61,13 +62,13 @@ import rectify
 from clip.download import sha256
 from datasets import DATASETS, is_folder, labels as ground_truth
 from harness import files, machine, runs
-from paper import figures, run, scores, systems, tables
+from paper import figures, maft, run, scores, systems, tables
 
 TRAINING = {"rectify": rectify, "distill": distill}
 MEASURING = {"evaluate": "evaluate/metrics.json", "scores": "scores/scores.json",
-             "probe": "scores/scores.json"}
+             "probe": "scores/scores.json", "maft": "maft/metrics.json"}      # maft trains, too
 SCRIPTS = {"rectify.py": rectify, "distill.py": distill, "evaluate.py": evaluate, "paper/run.py": run,
-           "paper/scores.py": scores}
+           "paper/scores.py": scores, "paper/maft.py": maft}
 
 # ---------------------------------------------------------------------------- what has to be run
 
@@ -97,6 +98,8 @@ def teacher_of(name: str) -> str:
 def jobs_of(cell: Cell, seed: int) -> list[Job]:
     """What has to be run, in this order, for one number."""
     name, stage, measure = cell
+    if name == "maft":
+        return [Job(name, "maft", seed)]
     jobs = []
     if stage in TRAINING and not run.trains_nothing(system_of(name)):
         jobs.append(Job(teacher_of(name), "rectify", seed))
@@ -111,7 +114,7 @@ def plan(cells: list[Cell], seeds: int) -> list[Job]:
     """All jobs for the cells, seed by seed, the stages of a run together; measuring follows its trainings."""
     wanted = {job for seed in range(seeds) for cell in cells for job in jobs_of(cell, seed)}
     wanted -= {replace(job, stage="scores") for job in wanted if job.stage == "probe"}      # it has them too
-    order, stages = [*systems.SYSTEMS, *SWEEPS], [*TRAINING, *MEASURING]
+    order, stages = [*systems.SYSTEMS, *SWEEPS, "maft"], [*TRAINING, *MEASURING]
     return sorted(wanted, key=lambda job: (job.seed, order.index(job.run), stages.index(job.stage)))
 
 
@@ -215,14 +218,17 @@ class Reproduction:
         given = {"data": self.data, "out": self.out(job), "cache": self.args.cache}
         given |= {name: getattr(self.args, name)
                   for name in ("root", "clip", "activation", "classes", "device", "workers", "precision")}
-        if job.stage in TRAINING:
+        trains = job.stage in (*TRAINING, "maft")
+        if trains:
             given["epochs"] = self.args.epochs
         if job.stage != "evaluate":
             given["seed"] = job.seed
         words = [word for name, value in given.items() if value is not None
                  for word in (f"--{name}", str(value))]
         words += ["--compile"] * self.args.compile + ["--skip-broken"] * self.args.skip_broken
-        words += ["--resume"] * (job.stage in TRAINING) + ["--probe"] * (job.stage == "probe")
+        words += ["--resume"] * trains + ["--probe"] * (job.stage == "probe")
+        if job.stage == "maft":
+            return ["paper/maft.py", *words]
         if job.stage in ("scores", "probe"):
             return ["paper/scores.py", *words]
         if system_of(job.run).name == "reclip++":
@@ -239,8 +245,7 @@ class Reproduction:
 
     def borrowed(self, job: Job) -> tuple[Path, Path] | None:
         """Of a student whose teacher was trained as another run: where that lies, where it is expected."""
-        teacher = teacher_of(job.run)
-        if job.stage == "distill" and teacher != job.run:
+        if job.stage == "distill" and (teacher := teacher_of(job.run)) != job.run:
             return self.folder(replace(job, run=teacher)) / "rectify", self.folder(job) / "rectify"
         return None
 
@@ -277,6 +282,8 @@ class Reproduction:
         Raises ValueError for a training that was made with other settings: a folder never mixes two.
         """
         folder = self.folder(job)
+        if job.stage == "maft":
+            return self.result_of_maft(job, folder / "maft")
         checkpoints = {stage: folder / stage / "checkpoint.pt" for stage in TRAINING}
         if job.stage in TRAINING:
             path = checkpoints[job.stage]
@@ -292,6 +299,18 @@ class Reproduction:
         measures = {"scores": MEASURES[2:], "probe": MEASURES[1:]}.get(job.stage, MEASURES[:1])
         fits = all(self.fits(found.get(stage), measures, checkpoints.get(stage)) for stage in stages)
         return found if fits else None
+
+    def result_of_maft(self, job: Job, folder: Path) -> dict[str, dict] | None:
+        """The same for the job that trains and measures in one."""
+        path, setup = folder / "checkpoint.pt", self.setup_of(job)
+        if not path.exists() or (folder / "unfinished").exists():
+            return None
+        expected, made = runs.plain(maft.settings_of(setup)), runs.load(path, "paper/maft")["settings"]
+        for name in expected:
+            runs.refuse_unless(path, name, expected[name], made.get(name))
+        found = read_json(folder / "metrics.json")
+        return found if all(self.fits(found.get(one), tuple(OF_MAFT), path) for one in ("frozen", "tuned")) \
+            else None
 
     def fits(self, numbers, measures: tuple[str, ...], checkpoint: Path | None) -> bool:
         """Whether numbers are of this checkpoint, CLIP, precision, classes and labels, and unrefined."""

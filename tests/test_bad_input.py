@@ -35,11 +35,12 @@ from datasets import images as image_files, words as class_lists
 from harness import errors, runs
 from helpers import (SMALLEST, VOC_BASE, openai_state, photo, quick_recipes, write_label,
                      write_openai_archive, write_photos, write_voc_tree)
-from paper import reproduce, run as paper_run
+from paper import maft, reproduce, run as paper_run
 from toyland import pretrain, world
 
 SCRIPTS = {script.__name__.rpartition(".")[2]: script
-           for script in (rectify, distill, evaluate, segment, world, pretrain, reproduce, paper_run)}
+           for script in (rectify, distill, evaluate, segment, world, pretrain, reproduce, paper_run,
+                          maft)}
 STAGES = {"rectify": rectify, "distill": distill}
 WORDS = ["cat", "sofa", "wall"]
 CLIP = "CLIP"                               # stands in the flags below for the path of the small CLIP

@@ -37,7 +37,7 @@ from toyland import world
 
 SCRIPTS = ["rectify", "distill", "evaluate", "segment", "toyland/world", "toyland/pretrain", "datasets/check",
            "paper/run", "paper/scores", "paper/figures", "paper/tables", "paper/bias", "paper/reproduce",
-           "paper/released", "paper/windows"]
+           "paper/released", "paper/windows", "paper/maft"]
 FIELDS = {"miou", "pixel_accuracy", "per_class_iou", "fingerprint"}
 
 
