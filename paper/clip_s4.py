@@ -3,9 +3,9 @@
     python paper/clip_s4.py                    Toyland: offline, four minutes on two cores
     python paper/clip_s4.py --data voc         PASCAL VOC 2012 under ./data; so context, ade, cityscapes, coco
 
-No code of it was released. This is written from the paper's text; what the text leaves open is marked
-[ours], and a number of ours is that of a re-implementation with our schedule. Reads images, class names and a
-frozen CLIP, no label of any kind. Writes runs/<data>/clip_s4/.
+No code of it was released. What its paper leaves open, or we do not know of it, is marked [ours]: a number of
+ours is that of a re-implementation with our schedule. Reads images, class names and a frozen CLIP, no label of
+any kind. Writes runs/<data>/clip_s4/.
 
     image ──► regions (superpixels) ─────────────┐
       ├──CLIP──► features Z ──┐  two views:      ▼
@@ -44,7 +44,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import data
 import rectify
@@ -73,9 +73,8 @@ class Recipe:
     jitter: float = 0.4                     # [ours] strength of the change of colours in a view
     contrast_scale: float = 16.0            # [hsg] κ
     semantic_scale: float = 100.0           # [ours] 1/τ, as CLIP's own
-    contrast_weight: float = 0.01           # [ours] the scales stand in the gradients too: 16 and 100 times
-    embedding_weight: float = 1.0           # [ours]
-    semantic_weight: float = 0.01           # [ours]
+    contrast_weight: float = 0.01           # [ours] embedding consistency has weight 1. The scales stand in
+    semantic_weight: float = 0.01           # [ours] the gradients too, so these count 16 and 100 times
     most_similar: int = 32                  # [ours] m: segments whose mean is the prototype of a known class
     unknown: int = 128                      # [ours] U: prototypes of unknown classes
     prototype_rate: float = 0.01            # [ours] how far an unknown one is pulled in a step
@@ -123,14 +122,12 @@ def regions_of(images: Tensor, recipe: Recipe) -> Tensor:
     """Superpixels: visually coherent regions, k-means of [colour; xy; 2]. (B, 3, H, W) → (B, H/4, W/4) int64.
 
     [ours] The paper's family takes regions from a hierarchy of contours. The constant keeps what
-    normalisation would lose, the length of the rest: it makes cosines nearly distances.
+    normalisation would lose, the length of the rest. No two images share a region.
     """
-    colour = F.avg_pool2d(images, 4)                                                        # (B, 3, H/4, W/4)
-    xy = place(colour)
-    vectors = torch.cat([recipe.region_colour * colour, xy, torch.full_like(xy[:, :1], 2.0)], dim=1)
+    colour = recipe.region_colour * F.avg_pool2d(images, 4)                                 # (B, 3, H/4, W/4)
+    vectors = torch.cat([colour, place(colour), torch.full_like(colour[:, :1], 2.0)], dim=1)
     regions = spherical_kmeans(vectors, recipe.regions, recipe.iterations)
-    of_image = torch.arange(len(images), device=images.device)[:, None, None]
-    return regions + math.prod(recipe.regions) * of_image               # no two images share a region
+    return regions + math.prod(recipe.regions) * torch.arange(len(images)).to(regions)[:, None, None]
 
 
 def draw_views(count: int, scale: tuple[float, float], noise: torch.Generator) -> Tensor:
@@ -158,6 +155,7 @@ def recoloured(images: Tensor, strength: float, noise: torch.Generator) -> Tenso
 
 
 @torch.no_grad()
+@machine.in_float32
 def segments_of(embeddings: Tensor, regions: Tensor, recipe: Recipe) -> Tensor:
     """Segments: k-means of [z; xy] in every view, split where regions meet.
 
@@ -165,7 +163,7 @@ def segments_of(embeddings: Tensor, regions: Tensor, recipe: Recipe) -> Tensor:
     """
     vectors = torch.cat([embeddings, recipe.cluster_place * place(embeddings)], dim=1)
     cluster = spherical_kmeans(vectors, recipe.clusters, recipe.iterations)                 # (V, h, w)
-    view = torch.arange(len(cluster), device=cluster.device)[:, None, None]
+    view = torch.arange(len(cluster)).to(cluster)[:, None, None]
     own = (view * math.prod(recipe.clusters) + cluster) * (regions.max() + 1) + regions
     return own.unique(return_inverse=True)[1]
 
@@ -207,16 +205,13 @@ def embedding_loss(means: Tensor, clip_means: Tensor) -> Tensor:
 
 @machine.in_float32
 def nearest_prototype(clip_means: Tensor, prototypes: Tensor) -> Tensor:
-    """The pseudo-label of a segment: the prototype, of a known or unknown class, most like c_s.
-
-    (S, D), (C + U, D) → (S,) int64; 0..C−1 are the known classes.
-    """
+    """Pseudo-label of a segment: the prototype most like c_s, known (0..C−1) or not. (S, D) → (S,) int64."""
     return (clip_means @ prototypes.T).argmax(dim=1)
 
 
 @machine.in_float32
 def semantic_loss(means: Tensor, prototypes: Tensor, pseudo_label: Tensor, scale: float) -> Tensor:
-    """Cross-entropy of the segments' similarities to all prototypes. scale = 1/τ [ours: 100, as CLIP's own].
+    """Cross-entropy of 1/τ v·prototype over all prototypes. scale = 1/τ [ours: 100, as CLIP's own].
 
     means v (S, D), prototypes (C + U, D), pseudo_label (S,) → a scalar.
     """
@@ -236,6 +231,7 @@ def known_prototypes(segments: Tensor, query: Tensor, most_similar: int) -> Tens
     return F.normalize(segments[best].mean(dim=0), dim=1)
 
 
+@machine.in_float32
 def pulled(prototypes: Tensor, clip_means: Tensor, pseudo_label: Tensor, known: int, rate: float) -> Tensor:
     """Unknown prototypes, each pulled towards the mean of the segments that have it as their pseudo-label.
 
@@ -265,8 +261,8 @@ def first_prototypes(setup: data.Setup, query: Tensor, recipe: Recipe, dataset: 
         images = images.to(setup.device)
         with machine.autocast(setup.device, setup.precision):
             features = setup.clip_model.encode_dense(images, recipe.dense_path)             # (B, D, h', w')
-        regions = F.interpolate(regions_of(images, recipe)[:, None].float(), features.shape[-2:])[:, 0].long()
-        segments = segments_of(features, regions, recipe)
+        regions = F.interpolate(regions_of(images, recipe)[:, None].float(), features.shape[-2:])[:, 0]
+        segments = segments_of(features, regions.long(), recipe)
         found.append(segment_means(rows_of(features), segments.flatten()))
     found = torch.cat(found)                                                                # (N, D)
     some = torch.randint(len(found), (recipe.unknown,), generator=draw)
@@ -281,16 +277,12 @@ def rows_of(maps: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------- training
 
 
-class Embedder(nn.Module):
-    """The network, images (B, 3, H, W) → z (B, D, h, w), and beside it the prototypes (C + U, D)."""
+class Embedder(DeepLabV2):
+    """The network of distill.py, images (B, 3, H, W) → z (B, D, h, w), and the prototypes (C + U, D)."""
 
     def __init__(self, backbone: str, prototypes: Tensor, pretrained: bool = True):
-        super().__init__()
-        self.network = DeepLabV2(backbone, prototypes.shape[1], pretrained)
+        super().__init__(backbone, prototypes.shape[1], pretrained)
         self.register_buffer("prototypes", prototypes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.network(images)
 
 
 def train_step(model: Embedder, features: Tensor, images: Tensor, known: int, recipe: Recipe,
@@ -316,8 +308,7 @@ def train_step(model: Embedder, features: Tensor, images: Tensor, known: int, re
     pseudo_label = nearest_prototype(clip_means, model.prototypes)                          # (S,)
     semantic = semantic_loss(means, model.prototypes, pseudo_label, recipe.semantic_scale)
     model.prototypes = pulled(model.prototypes, clip_means, pseudo_label, known, recipe.prototype_rate)
-    total = (recipe.contrast_weight * contrast + recipe.embedding_weight * embedding
-             + recipe.semantic_weight * semantic)
+    total = recipe.contrast_weight * contrast + embedding + recipe.semantic_weight * semantic
     return {"loss": total, "contrast": contrast, "embedding": embedding, "semantic": semantic}
 
 

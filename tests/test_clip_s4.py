@@ -184,13 +184,13 @@ def test_every_loss_reaches_the_network_and_prototypes_keep_their_length():
     before, images = model.prototypes.clone(), random(2, 3, 64, 96)
     features = F.normalize(random(2, D, 8, 12, seed=1), dim=1)
     losses = clip_s4.train_step(model, features, images, C, RECIPE, torch.Generator().manual_seed(1))
-    weighed = sum(getattr(RECIPE, f"{name}_weight") * losses[name]
-                  for name in ("contrast", "embedding", "semantic"))
+    weighed = RECIPE.contrast_weight * losses["contrast"] + losses["embedding"] \
+        + RECIPE.semantic_weight * losses["semantic"]
     assert relative(losses["loss"], weighed) < 1e-6
     for name in ("contrast", "embedding", "semantic"):
         model.zero_grad()
         losses[name].backward(retain_graph=True)
-        assert all(parameter.grad.any() for parameter in model.network.aspp.parameters()), name
+        assert all(parameter.grad.any() for parameter in model.aspp.parameters()), name
     assert torch.equal(model.prototypes[:C], before[:C]) and not torch.equal(model.prototypes, before)
     assert relative(model.prototypes.norm(dim=1), torch.ones(C + U)) < 1e-5
     assert not model.prototypes.requires_grad
