@@ -3,9 +3,9 @@
     python paper/clip_s4.py                    Toyland: offline, four minutes on two cores
     python paper/clip_s4.py --data voc         PASCAL VOC 2012 under ./data; so context, ade, cityscapes, coco
 
-No code of it was released. What its paper leaves open, or we do not know of it, is marked [ours]: a number of
-ours is that of a re-implementation with our schedule. Reads images, class names and a frozen CLIP, no label of
-any kind. Writes runs/<data>/clip_s4/.
+No code of it was released. What its paper leaves open, or we do not know of it, is marked [ours]: a number
+of ours is that of a re-implementation with our schedule. Reads images, class names and a frozen CLIP, no
+label of any kind. Writes runs/<data>/clip_s4/.
 
     image ──► regions (superpixels) ─────────────┐
       ├──CLIP──► features Z ──┐  two views:      ▼
@@ -92,7 +92,7 @@ class Recipe:
 RECIPES = {name: Recipe() for name in ("voc", "context", "context-voc-first", "ade", "cityscapes", "coco",
                                        "folder")}
 RECIPES["toyland"] = Recipe(dense_path="value", backbone="small", regions=(4, 4), short_side=144,
-                            crop=(144, 192), view=(96, 128), epochs=8)
+                            crop=(144, 192), view=(96, 128), epochs=4)
 
 # ---------------------------------------------------------------------------- regions, views, segments
 
@@ -239,7 +239,7 @@ def pulled(prototypes: Tensor, clip_means: Tensor, pseudo_label: Tensor, known: 
     moving mean of CLIP's c_s] Rows keep length one.
     """
     members = F.one_hot(pseudo_label, len(prototypes)).to(clip_means)                       # (S, C + U)
-    mean = F.normalize(members.T @ clip_means, dim=1)                                       # zeros where empty
+    mean = F.normalize(members.T @ clip_means, dim=1)                                   # zeros where empty
     moves = members.any(dim=0) & (torch.arange(len(prototypes), device=mean.device) >= known)
     towards = F.normalize((1 - rate) * prototypes + rate * mean, dim=1)
     return torch.where(moves[:, None], towards, prototypes)

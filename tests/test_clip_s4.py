@@ -136,7 +136,7 @@ def test_segments_are_clusters_split_by_regions():
              for v in range(2) for y in range(6) for x in range(8)}
     assert all(whose[v, int(cluster[v, y, x]), int(regions[v, y, x])] == segments[v, y, x]
                for v in range(2) for y in range(6) for x in range(8))
-    assert sorted(whose.values()) == list(range(len(whose)))                # each its own number, none left out
+    assert sorted(whose.values()) == list(range(len(whose)))      # none is left out
 
 
 def test_segment_means_are_means_of_length_one():
@@ -152,7 +152,7 @@ def test_views_cut_out_and_flip_maps_of_every_grid_alike():
     views = clip_s4.draw_views(16, (0.5, 0.85), noise)
     assert {float(one) for one in views[:, 0, 0].sign()} == {-1.0, 1.0}                     # some are flipped
     for size in ((40, 64), (10, 16)):
-        y, x = ((torch.arange(side) + 0.5) * 2 / side - 1 for side in size)         # centres of the map's cells
+        y, x = ((torch.arange(side) + 0.5) * 2 / side - 1 for side in size)     # centres of the map's cells
         maps = torch.stack(torch.meshgrid(y, x, indexing="ij")).expand(16, 2, *size)
         found = clip_s4.seen_through(views, maps, (6, 9))                                   # (16, 2, 6, 9)
         for v in range(16):
@@ -161,7 +161,7 @@ def test_views_cut_out_and_flip_maps_of_every_grid_alike():
                     seen = torch.tensor([(j + 0.5) * 2 / 9 - 1, (i + 0.5) * 2 / 6 - 1, 1.0])    # x, y, 1
                     X, Y = (views[v] @ seen).tolist()
                     assert -1 <= X <= 1 and -1 <= Y <= 1, "a view leaves its image"
-                    limit = 1 - 1 / size[1], 1 - 1 / size[0]                # beyond the last centre: its value
+                    limit = 1 - 1 / size[1], 1 - 1 / size[0]            # beyond the last centre: its value
                     assert abs(found[v, 1, i, j] - max(-limit[0], min(limit[0], X))) < 1e-4
                     assert abs(found[v, 0, i, j] - max(-limit[1], min(limit[1], Y))) < 1e-4
 
