@@ -101,14 +101,13 @@ def spherical_kmeans(vectors: Tensor, grid: tuple[int, int], iterations: int) ->
     """Nearest centre of every place, by cosine: (B, K, h, w) → (B, h, w) int64 in 0..rows·columns − 1.
 
     The centres start as means over a grid of (rows, columns) and are means of their places after every
-    iteration. One that loses all of its places stays where it is.
+    iteration. One that loses all of its places has cosine 0 with every place from then on.
     """
     points = F.normalize(vectors.float(), dim=1).flatten(2)                                 # (B, K, hw)
     centres = F.adaptive_avg_pool2d(vectors.float(), grid).flatten(2)                       # (B, K, n)
     for _ in range(iterations):
         nearest = torch.einsum("bkp,bkn->bpn", points, F.normalize(centres, dim=1)).argmax(dim=2)   # (B, hw)
-        own = F.one_hot(nearest, centres.shape[2]).to(points)                               # (B, hw, n)
-        centres = torch.where(own.any(dim=1, keepdim=True), points @ own, centres)
+        centres = points @ F.one_hot(nearest, centres.shape[2]).to(points)                  # (B, K, n)
     return nearest.view(-1, *vectors.shape[-2:])
 
 

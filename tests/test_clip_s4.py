@@ -110,7 +110,7 @@ def test_spherical_kmeans_is_the_loop():
                     for point in points]
             for n in range(4):
                 own = [point for point, choice in zip(points, best) if choice == n]
-                blocks[n] = sum(own) if own else blocks[n]
+                blocks[n] = sum(own, torch.zeros(5))
         assert nearest.flatten().tolist() == best
 
 
