@@ -196,6 +196,37 @@ def test_every_loss_reaches_the_network_and_prototypes_keep_their_length():
     assert not model.prototypes.requires_grad
 
 
+def test_a_pixel_has_the_region_and_the_clip_feature_of_its_place_in_the_image(monkeypatch):
+    """In both views, whatever was cut out and flipped."""
+    model = clip_s4.Embedder("small", unit(C + U, 2), pretrained=False).eval()
+    images, given = random(2, 3, 64, 96), {}
+    regions = clip_s4.regions_of(images, RECIPE)                                            # (2, 16, 24)
+    x = torch.linspace(-0.9, 0.9, 12).expand(2, 1, 8, 12)                   # "CLIP" sees where a patch lies
+    features = F.normalize(torch.cat([x, torch.ones_like(x)], dim=1), dim=1)
+    split, mean = clip_s4.segments_of, clip_s4.segment_means
+
+    def kept(name, function):
+        def called(first, *others):
+            given.setdefault(name, []).append((first, *others))
+            return function(first, *others)
+        monkeypatch.setattr(clip_s4, function.__name__, called)
+
+    kept("split", split)
+    kept("mean", mean)
+    clip_s4.train_step(model, features, images, C, RECIPE, torch.Generator().manual_seed(1))
+    views = clip_s4.draw_views(4, RECIPE.view_scale, torch.Generator().manual_seed(1))
+    [(_, of_pixels, _)], [_, (seen, _)] = given["split"], given["mean"]                     # (4, 6, 8), (P, D)
+    seen = seen.view(4, 6, 8, 2)
+    for v in range(4):
+        for i in range(6):
+            for j in range(8):
+                X, Y = (views[v] @ torch.tensor([(j + 0.5) / 4 - 1, (i + 0.5) / 3 - 1, 1.0])).tolist()
+                place = int((Y + 1) * 8 + 0.001), int((X + 1) * 12 + 0.001)
+                near = int((Y + 1) * 8 - 0.001), int((X + 1) * 12 - 0.001)
+                assert of_pixels[v, i, j] in (regions[v % 2][place], regions[v % 2][near])
+                assert abs(seen[v, i, j, 0] / seen[v, i, j, 1] - max(-0.9, min(0.9, X * 0.9 * 12 / 11))) < 0.05
+
+
 @pytest.fixture
 def voc(place, tiny_clip):
     write_voc_tree(place / "data")
