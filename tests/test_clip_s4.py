@@ -17,7 +17,9 @@ import torch.nn.functional as F
 
 from helpers import VOC_BASE, random, refusal, relative, run, unit, write_voc_tree
 from harness import runs
-from paper import clip_s4
+from paper import clip_s4, reproduce
+from paper.reported import CLIP_S4, CLIP_S4_TEXT
+from test_reproduce import in_this_process
 
 RECIPE = clip_s4.Recipe(backbone="small", regions=(2, 3), clusters=(2, 2), view=(48, 64), unknown=5)
 P, S, C, U, D = 40, 9, 3, 5, 8
@@ -269,3 +271,19 @@ def test_labels_change_no_weight(voc):
     assert not Path("without/voc/clip_s4/metrics.json").exists()
     expected, found = weights(), weights("without")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.slow
+def test_reproduction_trains_it_once_and_reads_both_numbers(voc, monkeypatch):
+    monkeypatch.setattr(reproduce, "start", in_this_process)
+    args = reproduce.flags().parse_args([*map(str, voc), "--device", "cpu", "--jobs", "1"])
+    made, cells = reproduce.Reproduction(args), [CLIP_S4, CLIP_S4_TEXT]
+    made.open()
+    jobs = made.missing(cells, seeds=2)
+    assert [(job.run, job.stage, job.seed) for job in jobs] == [("clip-s4", "clip_s4", seed) for seed in (0, 1)]
+    assert made.values(cells, 2) == {} and made.run(jobs) == [] and made.missing(cells, 2) == []
+    numbers = [json.loads((made.folder(job) / "clip_s4/metrics.json").read_text()) for job in jobs]
+    assert made.values(cells, 2) == {CLIP_S4: [one["miou"] for one in numbers],
+                                     CLIP_S4_TEXT: [one["miou_text"] for one in numbers]}
+    (made.folder(jobs[1]) / "clip_s4/checkpoint.pt").unlink()
+    assert made.missing(cells, 2) == jobs[1:]
