@@ -62,13 +62,14 @@ import rectify
 from clip.download import sha256
 from datasets import DATASETS, is_folder, labels as ground_truth
 from harness import files, machine, runs
-from paper import figures, maft, run, scores, systems, tables
+from paper import clip_s4, figures, maft, run, scores, systems, tables
 
-TRAINING = {"rectify": rectify, "distill": distill}
+TRAINING = {"rectify": rectify, "distill": distill, clip_s4.STAGE: clip_s4}
 MEASURING = {"evaluate": "evaluate/metrics.json", "scores": "scores/scores.json",
              "probe": "scores/scores.json", "maft": "maft/metrics.json"}      # maft trains, too
 SCRIPTS = {"rectify.py": rectify, "distill.py": distill, "evaluate.py": evaluate, "paper/run.py": run,
-           "paper/scores.py": scores, "paper/maft.py": maft}
+           "paper/scores.py": scores, "paper/clip_s4.py": clip_s4, "paper/maft.py": maft}
+ALONE = {clip_s4.SYSTEM.name: clip_s4.SYSTEM}       # systems with a script, and one stage, of their own
 
 # ---------------------------------------------------------------------------- what has to be run
 
@@ -77,7 +78,7 @@ SCRIPTS = {"rectify.py": rectify, "distill.py": distill, "evaluate.py": evaluate
 class Job:
     """One command: a stage of a run, with one seed."""
     run: str                            # a system, or a point of a sweep
-    stage: str                          # rectify, distill, evaluate, scores, or probe: scores with --probe
+    stage: str                          # rectify, distill, clip_s4, evaluate, scores, probe: scores --probe
     seed: int
 
     def __str__(self) -> str:
@@ -86,7 +87,7 @@ class Job:
 
 def system_of(name: str) -> distill.System:
     """The system of a run: a point of a sweep is ReCLIP++ with flags of its own."""
-    return systems.SYSTEMS["reclip++" if name in SWEEPS else name]
+    return ALONE.get(name) or systems.SYSTEMS["reclip++" if name in SWEEPS else name]
 
 
 def teacher_of(name: str) -> str:
@@ -98,8 +99,8 @@ def teacher_of(name: str) -> str:
 def jobs_of(cell: Cell, seed: int) -> list[Job]:
     """What has to be run, in this order, for one number."""
     name, stage, measure = cell
-    if name == "maft":
-        return [Job(name, "maft", seed)]
+    if name in ALONE or name == "maft":
+        return [Job(name, "maft" if name == "maft" else stage, seed)]
     jobs = []
     if stage in TRAINING and not run.trains_nothing(system_of(name)):
         jobs.append(Job(teacher_of(name), "rectify", seed))
@@ -114,7 +115,7 @@ def plan(cells: list[Cell], seeds: int) -> list[Job]:
     """All jobs for the cells, seed by seed, the stages of a run together; measuring follows its trainings."""
     wanted = {job for seed in range(seeds) for cell in cells for job in jobs_of(cell, seed)}
     wanted -= {replace(job, stage="scores") for job in wanted if job.stage == "probe"}      # it has them too
-    order, stages = [*systems.SYSTEMS, *SWEEPS, "maft"], [*TRAINING, *MEASURING]
+    order, stages = [*systems.SYSTEMS, *SWEEPS, *ALONE, "maft"], [*TRAINING, *MEASURING]
     return sorted(wanted, key=lambda job: (job.seed, order.index(job.run), stages.index(job.stage)))
 
 
@@ -231,6 +232,8 @@ class Reproduction:
             return ["paper/maft.py", *words]
         if job.stage in ("scores", "probe"):
             return ["paper/scores.py", *words]
+        if job.run in ALONE:
+            return [f"paper/{job.stage}.py", *words]
         if system_of(job.run).name == "reclip++":
             return [f"{job.stage}.py", *words, *SWEEPS.get(job.run, ()) * (job.stage == "rectify")]
         return ["paper/run.py", job.run, "--stage", job.stage, *words]
@@ -261,8 +264,8 @@ class Reproduction:
     def recipe_of(self, job: Job):
         """The recipe that a training would use now."""
         setup, system = self.setup_of(job), system_of(job.run)
-        if job.stage == "distill":
-            return data.recipe_for(setup, distill.RECIPES, system.student_numbers)
+        if job.stage != "rectify":
+            return data.recipe_for(setup, TRAINING[job.stage].RECIPES, system.student_numbers)
         return rectify.recipe_of(setup, system)
 
     def settings_of(self, job: Job) -> dict:

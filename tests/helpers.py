@@ -242,13 +242,15 @@ def quick_recipes(monkeypatch, folder: Path) -> None:
     ResNet."""
     import distill
     import rectify
+    from paper import clip_s4
     from toyland import networks
-    for stage in (rectify, distill):
+    for stage in (rectify, distill, clip_s4):
         for name, recipe in stage.RECIPES.items():
             small = dict(short_side=32, crop=(32, 40), batch_size=2, epochs=2)
             # Logits × 100 drown the Gumbel noise of such small pictures: a draw that is not repeated would go
             # unseen.
             small |= dict(window_ratio=1 / 2, mask_scale=3.0) if stage is rectify else dict(backbone="small")
+            small |= dict(view=(24, 32), unknown=3) if stage is clip_s4 else {}
             monkeypatch.setitem(stage.RECIPES, name, replace(recipe, **small))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
@@ -263,6 +265,8 @@ def run(script, *flags):
     result = script.main(script.flags().parse_args([*map(str, flags), "--device", "cpu"]))
     if script.__name__ in ("rectify", "distill"):
         evaluate.after_training(result, script.__name__)
+    elif script.__name__ == "paper.clip_s4":
+        script.report(result, evaluate)
     return result
 
 

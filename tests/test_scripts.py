@@ -36,8 +36,8 @@ from helpers import (SMALLEST, VOC_BASE, openai_state, photo, refusal, run, writ
 from toyland import world
 
 SCRIPTS = ["rectify", "distill", "evaluate", "segment", "toyland/world", "toyland/pretrain", "datasets/check",
-           "paper/run", "paper/scores", "paper/figures", "paper/tables", "paper/bias", "paper/reproduce",
-           "paper/released", "paper/windows", "paper/maft"]
+           "paper/run", "paper/clip_s4", "paper/scores", "paper/figures", "paper/tables", "paper/bias",
+           "paper/reproduce", "paper/released", "paper/windows", "paper/maft"]
 FIELDS = {"miou", "pixel_accuracy", "per_class_iou", "fingerprint"}
 
 
