@@ -217,7 +217,7 @@ def test_a_pixel_has_the_region_and_the_clip_feature_of_its_place_in_the_image(m
     kept("mean", mean)
     clip_s4.train_step(model, features, images, C, RECIPE, torch.Generator().manual_seed(1))
     views = clip_s4.draw_views(4, RECIPE.view_scale, torch.Generator().manual_seed(1))
-    [(_, of_pixels, _)], [_, (seen, _)] = given["split"], given["mean"]                     # (4, 6, 8), (P, D)
+    [(_, of_pixels, _)], [_, (seen, _)] = given["split"], given["mean"]             # (4, 6, 8), (P, D)
     seen = seen.view(4, 6, 8, 2)
     for v in range(4):
         for i in range(6):
@@ -226,7 +226,8 @@ def test_a_pixel_has_the_region_and_the_clip_feature_of_its_place_in_the_image(m
                 place = int((Y + 1) * 8 + 0.001), int((X + 1) * 12 + 0.001)
                 near = int((Y + 1) * 8 - 0.001), int((X + 1) * 12 - 0.001)
                 assert of_pixels[v, i, j] in (regions[v % 2][place], regions[v % 2][near])
-                assert abs(seen[v, i, j, 0] / seen[v, i, j, 1] - max(-0.9, min(0.9, X * 0.9 * 12 / 11))) < 0.05
+                expected = max(-0.9, min(0.9, X * 0.9 * 12 / 11))
+                assert abs(seen[v, i, j, 0] / seen[v, i, j, 1] - expected) < 0.05
 
 
 @pytest.fixture
@@ -280,7 +281,7 @@ def test_reproduction_trains_it_once_and_reads_both_numbers(voc, monkeypatch):
     made, cells = reproduce.Reproduction(args), [CLIP_S4, CLIP_S4_TEXT]
     made.open()
     jobs = made.missing(cells, seeds=2)
-    assert [(job.run, job.stage, job.seed) for job in jobs] == [("clip-s4", "clip_s4", seed) for seed in (0, 1)]
+    assert jobs == [reproduce.Job("clip-s4", "clip_s4", seed) for seed in (0, 1)]
     assert made.values(cells, 2) == {} and made.run(jobs) == [] and made.missing(cells, 2) == []
     numbers = [json.loads((made.folder(job) / "clip_s4/metrics.json").read_text()) for job in jobs]
     assert made.values(cells, 2) == {CLIP_S4: [one["miou"] for one in numbers],
