@@ -57,10 +57,10 @@ SETTINGS = {"system": dict, "data": str, "root": str, "clip_name": str, "clip": 
 def load(path: Path, stage: str, needs: dict[str, type] = SETTINGS) -> dict:
     """A checkpoint of `stage` whose settings have what it `needs`, with its "path". Raises FileNotFoundError,
     or ValueError when it is damaged, of another stage or of another version of this project."""
-    script = f"{stage}.py" if stage in ("rectify", "distill") else "toyland/pretrain.py"
+    command = f"python {stage}.py" if stage in ("rectify", "distill") else "the command that made it"
     if not path.exists():
-        raise FileNotFoundError(f"expected a checkpoint at {path}, found none. Make it with: python {script}")
-    again = f"Remove it and make it again with: python {script}"
+        raise FileNotFoundError(f"expected a checkpoint at {path}, found none. Make it with: {command}")
+    again = f"Remove it and make it again with: {command}"
     try:
         content = read(path)
     except Exception as error:

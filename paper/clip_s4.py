@@ -1,6 +1,6 @@
 """CLIP-S4 (He et al., CVPR 2023): a network whose pixels are points of CLIP's space, taught without labels.
 
-    python paper/clip_s4.py                    Toyland: offline, four minutes on two cores
+    python paper/clip_s4.py                    Toyland: offline, four minutes of one core
     python paper/clip_s4.py --data voc         PASCAL VOC 2012 under ./data; so context, ade, cityscapes, coco
 
 No code of it was released. What its paper leaves open, or we do not know of it, is marked [ours]: a number
