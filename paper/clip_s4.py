@@ -340,7 +340,7 @@ def main(args: argparse.Namespace) -> data.Setup:
                 losses = train_step(model, features, images, len(query), recipe, noise)
             rate = recipe.learning_rate * (1 - step / steps) ** recipe.poly_power
             training.descend(losses["loss"], rate, [ids[row] for row in rows])
-            training.done(**{name: loss.item() for name, loss in losses.items()})
+            training.done(**losses)
     return setup
 
 

@@ -440,7 +440,7 @@ def main(args: argparse.Namespace) -> dict[str, dict]:
             mean = {name: torch.stack([one[name] for one in losses]).mean() for name in losses[0]}
             training.descend(mean["loss"], recipe.learning_rate * (1 - step / steps) ** recipe.poly_power,
                              [images.items[row][0] for _, row in batch])
-            training.done(**{name: loss.item() for name, loss in mean.items()})
+            training.done(**mean)
 
     metrics = measure(setup, {"frozen": frozen, "tuned": tuned}, validation, query, propose, recipe.split)
     print(f"\n{setup.data}: {len(validation)} images, {seen} seen and {len(query) - seen} unseen classes, "
