@@ -355,7 +355,7 @@ def test_command_trains_measures_and_says_it(voc, capsys, train_on):
 
 
 def test_proposals_of_a_rectification_and_of_a_user(voc, capsys):
-    """Without a checkpoint its command is named; masks of a user are read for the images that are measured."""
+    """Without a checkpoint its command is named; masks of a user are read for images that are measured."""
     assert "python rectify.py" in refusal(capsys, maft, *voc, "--proposals", "rectify")
     run(rectify, *voc)
     assert run(maft, *voc, "--proposals", "rectify")["tuned"]["fingerprint"]["proposals"] == "rectify"

@@ -14,8 +14,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])      # modules are named from the project's folder
 
-from harness import errors, files, machine, runs
-from harness import flags as common
+from harness import errors, flags as common
 
 
 def flags() -> argparse.ArgumentParser:
@@ -53,6 +52,7 @@ from tqdm import tqdm
 
 import clip
 from clip import MEAN, STD
+from harness import files, machine, runs
 from toyland.networks import SMALL_CLIP, SmallResNet, small_resnet, weights_to_ship
 from toyland.world import CLASSES, PICTURE, TEMPLATES, captioned_picture
 
