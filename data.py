@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 import clip
 from clip import MEAN, STD              # for every network: ImageNet's are not what CLIP was trained with
-from datasets import is_folder, images as image_files, words
+from datasets import images as image_files, is_drawn, is_folder, split_to_measure, words
 from harness import files, machine, processes, runs
 from harness.flags import with_flags
 from harness.machine import seed_of
@@ -241,6 +241,7 @@ class Setup:
     clip_model: clip.CLIP                   # frozen, on the device
     clip_name: str
     args: argparse.Namespace                # --out --cache --precision --workers --skip-broken --seed
+    split: str                              # that is measured and shown: "test" or "val"; of a folder "all"
     skipped: list[str] = field(default_factory=list)        # ids of images that --skip-broken left out
 
     @property
@@ -280,10 +281,11 @@ class Setup:
         return self.without_broken(image_files.training_images(self.data, self.root))
 
     @functools.cached_property
-    def validation_images(self) -> dict[str, Path]:
+    def evaluation_images(self) -> dict[str, Path]:
+        """Those of `split`: id → path."""
         if is_folder(self.data):                        # a folder of your own has one set of images
             return self.training_images
-        return self.without_broken(image_files.validation_images(self.data, self.root))
+        return self.without_broken(image_files.image_files(self.data, self.root, self.split))
 
     def share(self) -> Setup:
         """The same with this process's share of the training images; with one process, all of them."""
@@ -334,15 +336,16 @@ class Setup:
 
 
 def open_setup(args: argparse.Namespace, checkpoint: dict | None = None,
-               vocabulary: words.Vocabulary | None = None) -> Setup:
+               vocabulary: words.Vocabulary | None = None, split: str | None = None) -> Setup:
     """What the flags name; what they leave open is as in `checkpoint`, else Toyland.
 
-    `vocabulary` replaces the flags' classes. Raises ValueError or FileNotFoundError, also when the class list
-    or CLIP's weights are not those of the checkpoint.
+    `vocabulary` replaces the flags' classes; `split` is what to measure, as --split has it. Raises ValueError
+    or FileNotFoundError, also when the class list or CLIP's weights are not those of the checkpoint.
     """
     known = checkpoint["settings"] if checkpoint else {}
     without_run = "toyland" if vocabulary is None else "photo"      # own words are not Toyland's
     name = args.data or known.get("data", without_run)
+    split = split_to_measure(name, split)
     if vocabulary is None and known and args.classes is None:
         vocabulary = words.vocabulary_of(name, tuple(tuple(names) for names in known["synonyms"]))
     if vocabulary is None:
@@ -350,7 +353,7 @@ def open_setup(args: argparse.Namespace, checkpoint: dict | None = None,
     if foreign := [name for name in vocabulary.names if not name.isascii()]:
         print(f"CLIP learned from English captions: it may not know {', '.join(foreign[:3])}.")
     device, root = machine.device_of(args.device), args.root or known.get("root", "data")
-    clip_name = args.clip or known.get("clip_name", "toyland" if name == "toyland" else "ViT-B/16")
+    clip_name = args.clip or known.get("clip_name", "toyland" if is_drawn(name) else "ViT-B/16")
     processes.begin(device)
     if args.precision == "bf16" and machine.lacks_bfloat16(device):
         print("--precision bf16: this processor has no instruction for it, and will be slower than in fp32.")
@@ -365,7 +368,7 @@ def open_setup(args: argparse.Namespace, checkpoint: dict | None = None,
     if args.compile:
         for block in model.visual.transformer.resblocks[:-1]:
             block.compile()
-    setup = Setup(name, root, vocabulary, model, clip_name, args)
+    setup = Setup(name, root, vocabulary, model, clip_name, args, split)
     refuse_another_folder(setup)
     if checkpoint:
         setup.refuse_misfit(checkpoint)

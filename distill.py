@@ -85,6 +85,7 @@ RECIPES = {
                       learning_rate=0.0015, floor=1 / 15, epochs=8),
 }
 RECIPES["context-voc-first"] = RECIPES["context"]
+RECIPES["toyland-things"] = RECIPES["toyland"]
 
 # ------------------------------------------------------------------------------------------ the student
 

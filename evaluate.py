@@ -290,7 +290,7 @@ class LabelledImages(torch.utils.data.Dataset):
 @torch.no_grad()
 def predictions(setup: data.Setup, found: dict[str, Predictor], labels: dict[str, Path],
                 denoising: float = 0.0, smoothing: float = 0.0) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """Labelled validation images one by one: `(true_label (H, W), {stage: predicted (H, W)})`.
+    """Labelled images of the split one by one: `(true_label (H, W), {stage: predicted (H, W)})`.
 
     An image comes once for all stages of one short side, so twice where the student has another than CLIP.
     """
@@ -299,7 +299,7 @@ def predictions(setup: data.Setup, found: dict[str, Predictor], labels: dict[str
     for short_side in sorted({predictor.short_side for predictor in found.values()}):
         of_size = {stage: predictor for stage, predictor in found.items()
                    if predictor.short_side == short_side}
-        dataset = LabelledImages(setup.validation_images, labels, read_label, short_side,
+        dataset = LabelledImages(setup.evaluation_images, labels, read_label, short_side,
                                  setup.clip_model.visual.patch_size)
         loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=setup.workers)
         for _, image, true_label in tqdm(loader, desc="evaluating", unit="image"):
@@ -315,7 +315,7 @@ def predictions(setup: data.Setup, found: dict[str, Predictor], labels: dict[str
 
 def measure(setup: data.Setup, found: dict[str, Predictor], labels: dict[str, Path], denoising: float = 0.0,
             smoothing: float = 0.0) -> dict:
-    """Metrics of each stage on the labelled validation images, with a fingerprint of what was measured."""
+    """Metrics of each stage on the labelled images of the split, with a fingerprint of what was measured."""
     classes = len(setup.vocabulary)
     confusion = {stage: torch.zeros(classes, classes, dtype=torch.int64, device=setup.device)
                  for stage in found}
@@ -337,8 +337,8 @@ def measure(setup: data.Setup, found: dict[str, Predictor], labels: dict[str, Pa
 def fingerprint(setup: data.Setup, stage: str, predictor: Predictor, images: int) -> dict:
     """What a stage's numbers depend on besides the code."""
     checkpoint = setup.folder(stage) / "checkpoint.pt"
-    return {"stage": stage, "system": predictor.system, "data": setup.data, "images": images,
-            "of": len(setup.validation_images), "classes": setup.vocabulary.names,
+    return {"stage": stage, "system": predictor.system, "data": setup.data, "split": setup.split,
+            "images": images, "of": len(setup.evaluation_images), "classes": setup.vocabulary.names,
             "short_side": predictor.short_side, "precision": setup.precision, "clip": setup.fingerprint,
             "dense_path": stage_1_recipe(setup).dense_path,
             "weights": sha256(checkpoint)[:16] if checkpoint.exists() else None}
@@ -349,7 +349,8 @@ def after_training(setup: data.Setup, stage: str, system: distill.System = ReCLI
     query, folder = rectify.query_of(setup), setup.folder(stage)
     stages = ["maskclip", "rectify"] if stage == "rectify" else ["rectify", "distill"]
     found = predictors(setup, query, stages, system)
-    labels = ground_truth.true_label_files(setup.data, setup.root, list(setup.validation_images)) \
+    labels = ground_truth.true_label_files(setup.data, setup.root, setup.split,
+                                           list(setup.evaluation_images)) \
         if ground_truth.labels_fit(setup.data, setup.vocabulary.names) else {}
     if labels:
         metrics = measure(setup, found, labels)
@@ -365,13 +366,18 @@ def after_training(setup: data.Setup, stage: str, system: distill.System = ReCLI
     print(f"\nNext: {following}{common.repeated(setup.args)}")
 
 
+def images_measured(made: dict) -> str:
+    """What a fingerprint says of the images: "500 test images"; "3 of 5 images" of a folder with 3 labels."""
+    part = f" of {made['of']}" if made["of"] != made["images"] else ""
+    return f"{made['images']}{part} {'' if made['split'] == 'all' else made['split'] + ' '}images"
+
+
 def print_table(metrics: dict, per_class: bool = False) -> None:
     """The stages as rows; with `per_class` also every class's IoU, stages as columns."""
     prints = [found["fingerprint"] for found in metrics.values()]
     sides = " and ".join(map(str, sorted({one["short_side"] for one in prints})))
     smoothing = prints[0]["refinements"].get("key_smoothing")
-    part = f" of {prints[0]['of']}" if prints[0]["of"] != prints[0]["images"] else ""
-    print(f"\n{prints[0]['data']}: {prints[0]['images']}{part} images, {len(prints[0]['classes'])} classes, "
+    print(f"\n{prints[0]['data']}: {images_measured(prints[0])}, {len(prints[0]['classes'])} classes, "
           f"short side {sides}, prompt denoising {prints[0]['refinements']['prompt_denoising'] or 'off'}, "
           + (f"key smoothing {smoothing}, " if smoothing else "") + prints[0]["precision"])
     titles = {stage: title(stage, one["system"]) for stage, one in zip(metrics, prints)}
@@ -400,11 +406,11 @@ def colour(classes: Tensor, palette) -> Image.Image:
 @torch.no_grad()
 def picture_sheet(setup: data.Setup, columns: dict[str, Predictor], labels: dict[str, Path], path: Path,
                   rows: int = 6, height: int = 144) -> None:
-    """A row for each of some validation images: the image, every column's classes under its title, the truth
-    if known; below, a legend. Of several processes one draws it."""
+    """A row for each of some images of the split: the image, every column's classes under its title, the
+    truth if known; below, a legend. Of several processes one draws it."""
     if machine.RANK > 0:
         return
-    images, palette = setup.validation_images, setup.vocabulary.palette
+    images, palette = setup.evaluation_images, setup.vocabulary.palette
     patch = setup.clip_model.visual.patch_size
     read_label = ground_truth.LabelReader(setup.data, len(setup.vocabulary))
     strips = []
@@ -486,19 +492,19 @@ def refuse_labels_of(setup: data.Setup, labels: str | None) -> None:
 
 def main(args: argparse.Namespace, system: distill.System = ReCLIPpp) -> dict:
     """Measure all stages of the newest run (or of `--data`), write and return the metrics."""
-    setup = data.open_setup(args, runs.find(args.out, args.data, "rectify", "distill"))
+    setup = data.open_setup(args, runs.find(args.out, args.data, "rectify", "distill"), split=args.split)
     refuse_labels_of(setup, args.labels)
     folder, query = setup.folder("evaluate"), rectify.query_of(setup)
     files.refuse_folders(folder, "metrics.json", "preview.png")
-    labels = ground_truth.true_label_files(setup.data, setup.root, list(setup.validation_images), args.labels)
+    labels = ground_truth.true_label_files(setup.data, setup.root, setup.split, list(setup.evaluation_images),
+                                           args.labels)
     if not labels:
-        raise ValueError(f"{setup.data}: expected labels of its validation images to measure against, found "
-                         "none. For a folder of your own pass --labels DIR; to see results without labels "
-                         "use segment.py.")
+        raise ValueError(f"{setup.data}: expected labels of the images to measure, found none. For a folder "
+                         "of your own pass --labels DIR; to see results without labels use segment.py.")
     if is_folder(setup.data):
         ground_truth.refuse_binary_masks(labels, len(setup.vocabulary))
-        if turned := image_files.turned(setup.validation_images):
-            print(f"{turned} of {len(setup.validation_images)} photographs are turned by their EXIF "
+        if turned := image_files.turned(setup.evaluation_images):
+            print(f"{turned} of {len(setup.evaluation_images)} photographs are turned by their EXIF "
                   "orientation. Labels are taken as upright, as a viewer shows the photograph.")
     for stage in ("rectify", "distill"):
         if not (setup.folder(stage) / "checkpoint.pt").exists():

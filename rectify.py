@@ -99,6 +99,7 @@ RECIPES = {
                       batch_size=8, learning_rate=0.1, horizon=8, epochs=8),
 }
 RECIPES["context-voc-first"] = RECIPES["context"]     # the same images: only the labels' numbering is another
+RECIPES["toyland-things"] = RECIPES["toyland"]
 
 # ------------------------------------------------------------------------------------------ what CLIP says
 

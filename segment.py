@@ -2,7 +2,7 @@
 
     python segment.py photo.jpg --classes "cat, sofa, wall"
     python segment.py photo.jpg                the classes and the best stage of the newest run
-    python segment.py                          a validation image of the newest run, else a scene of Toyland
+    python segment.py                          an image of the newest run's dataset, else a scene of Toyland
     python segment.py --export student.onnx    the distilled student for use elsewhere, without CLIP
 
 Words for which nothing was trained are segmented by MaskCLIP, which needs no training; to rectify and distil
@@ -22,8 +22,8 @@ from harness import errors, flags as common
 def flags() -> argparse.ArgumentParser:
     parser = common.parser(__doc__)
     parser.add_argument("photo", nargs="?", type=common.path, metavar="PHOTO",
-                        help="an image file (default: a validation image of the newest run, else a scene of "
-                             "Toyland)")
+                        help="an image file (default: the first that the newest run is measured on, else a "
+                             "scene of Toyland)")
     extra = parser.add_argument_group("segmentation")
     extra.add_argument("--stage", choices=("auto", "vanilla", "maskclip", "rectify", "distill"),
                        default="auto",
@@ -266,7 +266,7 @@ def main(args: argparse.Namespace) -> Path:
         return path
     setup, names = segmenter.setup, segmenter.names
     if photo is None:
-        photo = open_image(next(iter(setup.validation_images.values())))
+        photo = open_image(next(iter(setup.evaluation_images.values())))
     print(f"{segmenter.title}, CLIP {setup.clip_name}, {len(names)} classes: {', '.join(names)}")
     if segmenter.stage == "maskclip" and args.stage == "auto":
         print("No rectification was trained for these words. MaskCLIP's biases are still in the picture; to "

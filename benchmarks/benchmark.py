@@ -191,7 +191,7 @@ class Bench:
         vocabulary = words.Vocabulary(tuple((name,) for name in names), colours, ("a {}.",))
         args = argparse.Namespace(out=tempfile.mkdtemp(dir=self.folder.name), cache=None,
                                   precision=self.precision, workers=self.workers, skip_broken=False, seed=0)
-        return data.Setup(self.photos(photos), "data", vocabulary, self.model, "random", args)
+        return data.Setup(self.photos(photos), "data", vocabulary, self.model, "random", args, "all")
 
     def rectified(self, names: list[str], recipe: rectify.Recipe, rectifier: rectify.Rectifier) -> data.Setup:
         """The same with a checkpoint of stage 1 on disk."""

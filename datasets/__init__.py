@@ -33,7 +33,7 @@ class Dataset:
     tree: str                           # as error messages show it
     archive: str                        # what to unpack
     page: str                           # of the project that gives it out
-    counts: dict[str, int]              # images of the splits "train" and "val"
+    counts: dict[str, int]              # images of the splits "train", "val" and, if there is one, "test"
     splits: dict[str, str]              # what {split} stands for in them
     images: str
     labels: dict[str, str]              # for evaluation alone: encoding → pattern, the preferred one first
@@ -43,6 +43,7 @@ class Dataset:
     curated: str = ""                 # lists that narrow a split down where such a file lies in the tree, and
     curated_counts: dict[str, int] = field(default_factory=dict)    # how many images are then left
     palette_is_official: bool = False   # label files carry the classes' colours as their palette
+    drawn: bool = False                 # by toyland/world.py, when it is missing; its CLIP is the small one
     other_values: str = ""              # said of a label value that is neither a class's nor ignored
     about: str = ""                     # where names, colours and values come from
 
@@ -70,8 +71,8 @@ def described(path: Path) -> Dataset:
             like = json.loads(path.with_name(f"{content.pop('like')}.json").read_text(encoding="utf-8"))
             content = like | content
         dataset = Dataset(**content)
-        if set(dataset.counts) != {"train", "val"} or set(dataset.splits) != {"train", "val"}:
-            raise ValueError("counts and splits are those of train and val")
+        if not {"train", "val"} <= set(dataset.counts) == set(dataset.splits) <= {"train", "val", "test"}:
+            raise ValueError("counts and splits are those of train and val, and of test if there is one")
         for encoding in dataset.labels:
             dataset.label_values(encoding)
         dataset.names, dataset.palette
@@ -83,19 +84,43 @@ def described(path: Path) -> Dataset:
     return dataset
 
 
+# One world with two lists of classes. The second leaves the stuffs out, as VOC its background.
 TOYLAND = Dataset(
-    title="Toyland", places=["toyland"], tree="toyland/{images,labels}", archive="nothing: it is drawn",
-    page="toyland/README.md", counts={"train": toyland.TRAIN_SCENES, "val": toyland.VAL_SCENES},
-    splits={"train": "train", "val": "val"}, images="images/{split}/{id}.png",
+    title="Toyland", drawn=True, places=["toyland"], tree="toyland/{images,labels}",
+    archive="nothing: it is drawn", page="toyland/README.md",
+    counts={"train": toyland.TRAIN_SCENES, "val": toyland.VAL_SCENES, "test": toyland.TEST_SCENES},
+    splits={"train": "train", "val": "val", "test": "test"}, images="images/{split}/{id}.png",
     labels={"indices": "labels/{split}/{id}.png"}, ignored={"indices": [IGNORE]},
     classes=[{"name": name, "colour": list(colour), "indices": [number]}
              for number, (name, colour) in enumerate(zip(toyland.CLASSES, toyland.PALETTE))])
+THINGS = dataclasses.replace(
+    TOYLAND, title="Toyland, its things alone",
+    classes=[one for one in TOYLAND.classes if one["name"] in toyland.THINGS],
+    ignored={"indices": [IGNORE, *(toyland.CLASSES.index(name) for name in toyland.STUFF)]})
 
 with errors.one_paragraph():                # read at import: no script's own frame is there yet
-    DATASETS = {"toyland": TOYLAND,
+    DATASETS = {"toyland": TOYLAND, "toyland-things": THINGS,
                 **{path.stem: described(path) for path in sorted(Path(__file__).parent.glob("*.json"))}}
 
 
 def is_folder(data: str) -> bool:
     """A dataset that is no known name is meant as a path."""
     return data not in DATASETS
+
+
+def is_drawn(data: str) -> bool:
+    """Whether the pictures are scenes of Toyland, with either list of classes."""
+    return data in DATASETS and DATASETS[data].drawn
+
+
+def split_to_measure(data: str, wanted: str | None = None) -> str:
+    """The split that is measured and shown: `wanted` (--split), else "val".
+
+    A folder of your own has one set of images, "all". Raises ValueError for a split that is not there.
+    """
+    splits = ["all"] if is_folder(data) else [split for split in DATASETS[data].splits if split != "train"]
+    if wanted not in (None, *splits):
+        there = "a folder, all of which is measured" if is_folder(data) else f"with {' and '.join(splits)}"
+        raise ValueError(f"--split {wanted}: expected a dataset with that split and its labels, found "
+                         f"{data}, {there}. Leave --split out.")
+    return wanted or ("val" if "val" in splits else "all")

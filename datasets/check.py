@@ -28,8 +28,9 @@ from harness import flags as common
 def flags() -> argparse.ArgumentParser:
     parser = common.plain_parser(__doc__)
     parser.add_argument("--data", type=common.path, metavar="NAME|FOLDER", default="toyland",
-                        help="toyland, voc, context, ade, cityscapes, coco, context-voc-first (all that "
-                             "this folder describes), or a folder of your own images (default: toyland)")
+                        help="toyland, toyland-things, voc, context, ade, cityscapes, coco, "
+                             "context-voc-first (all that this folder describes), or a folder of your own "
+                             "images (default: toyland)")
     parser.add_argument("--root", type=common.path, metavar="DIR", default="data",
                         help="where datasets lie (default: data)")
     parser.add_argument("--classes", type=common.path, metavar="FILE",
@@ -49,6 +50,7 @@ if __name__ == "__main__":
     FLAGS = flags().parse_args()            # before torch is imported: --help answers at once
 
 import filecmp
+import itertools
 import random
 import shlex
 from concurrent.futures import ThreadPoolExecutor
@@ -74,11 +76,12 @@ def splits_of(name: str, root: str, labels: str | None) -> tuple[dict, dict, lis
     """
     if is_folder(name):
         images = {"all": images_of.training_images(name, root)}
-        return images, {"all": ground_truth.true_label_files(name, root, list(images["all"]), labels)}, []
+        found = ground_truth.true_label_files(name, root, "all", list(images["all"]), labels)
+        return images, {"all": found}, []
     images, found, problems = {}, {}, []
-    for split, list_images in (("train", images_of.training_images), ("val", images_of.validation_images)):
+    for split in DATASETS[name].splits:
         try:
-            images[split] = list_images(name, root)
+            images[split] = images_of.image_files(name, root, split)
         except (ValueError, OSError) as error:
             problems.append(f"{split}: {error}")
             continue
@@ -108,11 +111,11 @@ def wrong_counts(name: str, root: str, images: dict, labels: dict) -> list[str]:
             pattern = patterns.replace("{split}", DATASETS[name].splits[split])
             problems.append(f"{split}: expected labels {pattern}, found none. Training needs none; "
                             f"evaluate.py does. Unpack: {DATASETS[name].archive}.")
-    train, val = images.get("train", {}), images.get("val", {})          # Toyland counts each split from 0000
-    if both := [image for image in val if image in train
-                and filecmp.cmp(train[image], val[image], shallow=False)]:
-        problems.append(f"expected no image in both splits, found {len(both)} ({some(both)}). Mend the "
-                        "lists.")
+    for one, other in itertools.combinations(images, 2):                # Toyland counts each split from 0000
+        if both := [image for image, path in images[one].items() if image in images[other]
+                    and filecmp.cmp(path, images[other][image], shallow=False)]:
+            problems.append(f"expected no image in both {one} and {other}, found {len(both)} ({some(both)}). "
+                            "Mend the lists.")
     return problems
 
 
@@ -272,9 +275,9 @@ def main(args: argparse.Namespace) -> list[str]:
     if not ground_truth.labels_fit(name, words.names):
         print(f"Labels of {name} speak of its own classes, not of those in --classes: not opened.")
         labels = {}
-    if name in DATASETS and labels.get("val"):
+    for found in labels.values() if name in DATASETS else ():
         try:
-            if said := ground_truth.how_labels_are_read(name, args.root, labels["val"]):
+            if found and (said := ground_truth.how_labels_are_read(name, args.root, found)):
                 print(said)
         except ValueError as error:
             problems.append(str(error))

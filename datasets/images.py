@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from datasets import DATASETS, is_folder
+from datasets import DATASETS, is_drawn, is_folder
 from toyland.world import draw_dataset
 
 # Of the lists that earlier work hands out together (IIC, PiCIE, STEGO), the one that it measures 27 classes
@@ -230,12 +230,6 @@ def training_order(data: str, root: str) -> list[str]:
     return ids_of(path, found.get)
 
 
-def validation_images(data: str, root: str) -> dict[str, Path]:
-    """The images that results are measured or shown on: id → path. A folder of your own: all of its
-    images."""
-    return images_in(Path(data)) if is_folder(data) else image_files(data, root, "val")
-
-
 def stamps_of(images: dict[str, Path]) -> list[tuple[str, int, int]]:
     """What tells whether an image file is still the one that something was made from."""
     return [(name, path.stat().st_size, path.stat().st_mtime_ns) for name, path in images.items()]
@@ -264,9 +258,9 @@ def find(name: str, root: str) -> Path:
 
 
 def image_files(name: str, root: str, split: str) -> dict[str, Path]:
-    """The images of the split "train" or "val": id → path, sorted by id. Raises FileNotFoundError,
+    """The images of the split "train", "val" or "test": id → path, sorted by id. Raises FileNotFoundError,
     ValueError."""
-    if name == "toyland":
+    if is_drawn(name):
         draw_dataset(Path(root))
     dataset, base = DATASETS[name], find(name, root)
     pattern = dataset.images.replace("{split}", dataset.splits[split])
@@ -465,7 +459,7 @@ def download(data: str, root: str) -> None:
     if is_folder(data):
         raise ValueError("--download: expected --data voc, the one dataset that can be fetched here; found "
                          f"{data}.")
-    if data == "toyland":
+    if is_drawn(data):
         return
     try:
         find(data, root)

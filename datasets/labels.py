@@ -24,8 +24,9 @@ from datasets.images import existing, files_below, find, same_name
 # ---------------------------------------------------------------------------- which files
 
 
-def true_label_files(data: str, root: str, ids: list[str], labels: str | None = None) -> dict[str, Path]:
-    """id → label file of those validation images that have one. May be empty. Prints how many have none.
+def true_label_files(data: str, root: str, split: str, ids: list[str],
+                     labels: str | None = None) -> dict[str, Path]:
+    """id → label file of those images of a split that have one. May be empty. Prints how many have none.
 
     `labels` is the folder of index pictures that belongs to a user's own images (same names, .png). Where a
     public dataset's labels could be read in two ways, prints which is taken; raises ValueError when that is
@@ -34,7 +35,7 @@ def true_label_files(data: str, root: str, ids: list[str], labels: str | None = 
     if is_folder(data):
         found = labels_in(Path(labels), ids) if labels is not None else {}
     else:
-        found = label_files(data, root, "val", ids)
+        found = label_files(data, root, split, ids)
         if found and (said := how_labels_are_read(data, root, found)):
             print(said)
     if found and len(found) < len(ids):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import clip
-from datasets import DATASETS, IGNORE
+from datasets import DATASETS, IGNORE, is_drawn
 from toyland.world import TEMPLATES as TOYLAND_TEMPLATES
 
 # The 85 sentences that MaskCLIP and ReCLIP average for a class's query (OpenAI's 80 for ImageNet and five
@@ -55,7 +55,7 @@ def vocabulary_of(data: str, synonyms: tuple[tuple[str, ...], ...]) -> Vocabular
     if data in DATASETS and [first for first, *_ in synonyms] == DATASETS[data].names:
         palette = DATASETS[data].palette
     return Vocabulary(synonyms, tuple(palette),
-                      tuple(TOYLAND_TEMPLATES if data == "toyland" else QUERY_TEMPLATES))
+                      tuple(TOYLAND_TEMPLATES if is_drawn(data) else QUERY_TEMPLATES))
 
 
 def read_classes(path: Path) -> tuple[tuple[str, ...], ...]:

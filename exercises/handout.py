@@ -36,6 +36,7 @@ if __name__ == "__main__":
 
 import ast
 import json
+import re
 import shutil
 import subprocess
 
@@ -46,6 +47,8 @@ LEFT_OUT = ("tests/", "benchmarks/", ".ci/")
 # Of this folder only what a student needs; added even before git tracks it.
 KEPT = ("__init__.py", "check.py", "checks.py", "ladder.py", "probes.py", "report.py", "sources.py",
         "README.md", "lecture.md")
+# A link into a folder that is left out: its words stay.
+DEAD_LINK = re.compile(rf"\[([^]]*)\]\((?:\.\./)*(?:{'|'.join(map(re.escape, LEFT_OUT))})[^)]*\)")
 LECTURERS = "<!-- for lecturers: not in a hand-out -->"        # README.md ends here in a hand-out
 
 
@@ -151,7 +154,8 @@ def main(args: argparse.Namespace) -> None:
             others.append(name)
     readme = texts["exercises/README.md"].partition(LECTURERS)[0]
     texts["exercises/README.md"] = ladder.with_page(readme, exercises).rstrip() + "\n"
-    texts = blanked(texts, exercises)
+    texts = {name: DEAD_LINK.sub(r"\1", text) if name.endswith(".md") else text
+             for name, text in blanked(texts, exercises).items()}
     texts[ladder.HANDOUT] = json.dumps({"exercises": [one.number for one in exercises]} | already(),
                                        indent=2) + "\n"
     for name, text in texts.items():

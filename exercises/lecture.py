@@ -103,7 +103,8 @@ class Run:
         self.names, self.palette = setup.vocabulary.names, setup.vocabulary.palette
         with torch.no_grad():
             self.reference = rectify.reference_features(setup.clip_model, self.rectifier.prompt, self.names)
-        self.labels = ground_truth.true_label_files(setup.data, setup.root, list(setup.validation_images))
+        self.labels = ground_truth.true_label_files(setup.data, setup.root, setup.split,
+                                                    list(setup.evaluation_images))
         self.read_label = ground_truth.LabelReader(setup.data, len(self.names))
         self.found = evaluate.predictors(setup, self.query, list(evaluate.STAGES))
         self.metrics = evaluate.measure(setup, self.found, self.labels)
@@ -112,7 +113,7 @@ class Run:
     def look(self, name: str) -> Seen:
         """One validation scene's way through both stages."""
         setup, recipe, model = self.setup, self.recipe, self.setup.clip_model
-        image = image_files.read_image(setup.validation_images[name])
+        image = image_files.read_image(setup.evaluation_images[name])
         truth = torch.from_numpy(self.read_label(self.labels[name], (image.height, image.width)))
         shown = data.short_side_to(image, recipe.short_side, model.visual.patch_size)
         batch = data.to_tensor(shown)[None].to(setup.device)
@@ -138,7 +139,7 @@ class Run:
 
 def scene_to_show(run: Run, wanted: int | None) -> Seen:
     """The scene that was asked for, else one where rectifying helps much and many classes are to be seen."""
-    names = list(run.setup.validation_images)
+    names = list(run.setup.evaluation_images)
     if wanted is not None:
         if wanted >= len(names):
             raise ValueError(f"--scene {wanted}: expected a number under {len(names)}, found a larger one.")
@@ -159,7 +160,7 @@ def said_too_often(run: Run) -> tuple[int, int]:
     """The class that MaskCLIP says most too often, over many scenes, and in how many of them it is too often.
     """
     said, true = [], []
-    for name in list(run.setup.validation_images)[:LOOKED_AT]:
+    for name in list(run.setup.evaluation_images)[:LOOKED_AT]:
         seen = run.look(name)
         predicted = evaluate.predict(seen.query_logits, tuple(seen.truth.shape)).cpu()
         for counts, one in ((said, predicted), (true, seen.truth)):

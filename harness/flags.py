@@ -23,12 +23,13 @@ QUICK = {"window_ratio": 0.4, "batch_size": 16, "cache_features": 4.0}
 
 def parser(description: str, *groups: str) -> argparse.ArgumentParser:
     """The common flags, and those of the named groups: "training", "rectify", "hypotheses", "student",
-    "labels", "seed"."""
+    "labels", "split", "seed". "labels" has "split" in it."""
     parser = plain_parser(description)
     what = parser.add_argument_group("what to work on")
     what.add_argument("--data", type=path, metavar="NAME|FOLDER",
-                      help="toyland, voc, context, context-voc-first, ade, cityscapes, coco (whatever "
-                           "datasets/ describes), or a folder of your own images, ./voc if it is named so "
+                      help="toyland, toyland-things (its ten things, without the six stuffs), voc, context, "
+                           "context-voc-first, ade, cityscapes, coco (whatever datasets/ describes), or a "
+                           "folder of your own images, ./voc if it is named so "
                            "(default: toyland, or what was trained last in --out)")
     what.add_argument("--root", type=path, metavar="DIR",
                       help="where datasets lie (default: the trained run's, else data)")
@@ -38,7 +39,7 @@ def parser(description: str, *groups: str) -> argparse.ArgumentParser:
                       help="one class name a line, synonyms after commas; needed for a folder of your own")
     what.add_argument("--clip", type=path, metavar="NAME|PATH",
                       help="ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px, toyland, or a weights file "
-                           "(default: the trained run's, else toyland for toyland, and for all else "
+                           "(default: the trained run's, else toyland in Toyland, and for all else "
                            "ViT-B/16, fetched once into ~/.cache/clip)")
     what.add_argument("--activation", choices=("quickgelu", "gelu"),
                       help="of CLIP's towers, where the weights file does not tell (default: what the file "
@@ -114,13 +115,21 @@ def parser(description: str, *groups: str) -> argparse.ArgumentParser:
         parser.add_argument_group("student").add_argument(
             "--backbone", choices=BACKBONES,
             help="torchvision's ResNet of that name with its ImageNet weights, or the small one of Toyland "
-                 "(default: small for toyland, else resnet50)")
-    if "labels" in groups:
-        parser.add_argument_group("labels").add_argument(
-            "--labels", type=path, metavar="DIR",
-            help="index pictures of a folder of your own images: same names, .png, value = class, 255 "
-                 "ignored")
+                 "(default: small in Toyland, else resnet50)")
+    if {"labels", "split"} & set(groups):
+        labels = parser.add_argument_group("labels")
+        split_flag(labels)
+        if "labels" in groups:
+            labels.add_argument("--labels", type=path, metavar="DIR",
+                                help="index pictures of a folder of your own images: same names, .png, value "
+                                     "= class, 255 ignored")
     return parser
+
+
+def split_flag(parser) -> None:
+    parser.add_argument("--split", choices=("val", "test"),
+                        help="measure on these images of the dataset: val, to choose numbers by, or test, to "
+                             "look at once when all is settled; Toyland has one (default: val)")
 
 
 def plain_parser(description: str) -> argparse.ArgumentParser:

@@ -10,7 +10,7 @@ A line for each:
     rest       what is neither: a class's own preference of places
     mIoU       of rectified masks, and with the bias left out at test, without training again (percent)
 
-Opens validation labels. Writes nothing.
+Opens labels of the split that is measured. Writes nothing.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from harness import errors, flags as common
 def flags() -> argparse.ArgumentParser:
     parser = common.plain_parser(__doc__)
     parser.add_argument("out", nargs="+", metavar="RUN", help="run folders")
+    common.split_flag(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
     return parser
 
@@ -49,14 +50,14 @@ from paper import systems
 
 
 @torch.no_grad()
-def look(out: str) -> list[float]:
-    """The six numbers of a run's rectification."""
+def look(out: str, split: str | None) -> list[float]:
+    """The six numbers of a run's rectification, two of them measured on a split."""
     args = evaluate.flags().parse_args(["--out", out])
     checkpoint = runs.find(out, None, "rectify")
     if checkpoint is None:
         raise ValueError(f"{out}: expected a run folder with a rectification, found none. Name what --out "
                          "named.")
-    system, setup = systems.of(checkpoint), data.open_setup(args, checkpoint)
+    system, setup = systems.of(checkpoint), data.open_setup(args, checkpoint, split=split)
     recipe, rectifier = rectify.load_rectifier(setup, checkpoint, system)
     visual, names = setup.clip_model.visual, setup.vocabulary.names
     reference = rectify.reference_features(setup.clip_model, rectifier.prompt, names)       # W_r (C, D)
@@ -73,7 +74,7 @@ def look(out: str) -> list[float]:
     [with_bias] = evaluate.predictors(setup, query, ["rectify"], system).values()
     without = replace(with_bias, logits=lambda features: rectifier(
         features, query, bias.new_zeros(len(query), *features.shape[-2:])))
-    labels = ground_truth.true_label_files(setup.data, setup.root, list(setup.validation_images))
+    labels = ground_truth.true_label_files(setup.data, setup.root, setup.split, list(setup.evaluation_images))
     miou = [evaluate.measure(setup, {"rectify": one}, labels)["rectify"]["miou"]
             for one in (with_bias, without)]
     spread = [part.std().item() for part in (of_place, of_class, rest)]
@@ -85,7 +86,7 @@ def main(args: argparse.Namespace) -> dict[str, list[float]]:
     print(f"{'':40}{'alike':>7}{'places':>9}{'classes':>9}{'rest':>9}{'mIoU':>7}{'without bias':>14}")
     found = {}
     for out in args.out:
-        alike, places, classes, rest, with_bias, without = found[out] = look(out)
+        alike, places, classes, rest, with_bias, without = found[out] = look(out, args.split)
         print(f"{out[-40:]:40}{alike:7.2f}{places:9.4f}{classes:9.4f}{rest:9.4f}"
               f"{with_bias:7.1f}{without:14.1f}")
     return found

@@ -32,7 +32,7 @@ from harness import errors, flags as common
 
 
 def flags() -> argparse.ArgumentParser:
-    return common.parser(__doc__, "training")
+    return common.parser(__doc__, "training", "split")
 
 
 if __name__ == "__main__":
@@ -93,6 +93,7 @@ RECIPES = {name: Recipe() for name in ("voc", "context", "context-voc-first", "a
                                        "folder")}
 RECIPES["toyland"] = Recipe(dense_path="value", backbone="small", regions=(4, 4), short_side=144,
                             crop=(144, 192), view=(96, 128), epochs=4)
+RECIPES["toyland-things"] = RECIPES["toyland"]
 
 # ---------------------------------------------------------------------------- regions, views, segments
 
@@ -313,7 +314,7 @@ def train_step(model: Embedder, features: Tensor, images: Tensor, known: int, re
 
 def main(args: argparse.Namespace) -> data.Setup:
     """Train; the result lies in `folder("clip_s4")` of the returned setup."""
-    setup = data.open_setup(args)
+    setup = data.open_setup(args, split=args.split)
     recipe, query = data.recipe_for(setup, RECIPES, {}), rectify.query_of(setup)
     ids = list(setup.training_images)
     per_epoch = data.steps_per_epoch(len(ids), recipe.batch_size)
@@ -371,12 +372,13 @@ def report(setup: data.Setup, evaluate) -> None:
     The module `evaluate`, which reads labels, is handed in: nothing that this file imports can.
     """
     folder, found, truth = setup.folder(STAGE), predictors(setup, evaluate), evaluate.ground_truth
-    labels = truth.true_label_files(setup.data, setup.root, list(setup.validation_images)) \
+    labels = truth.true_label_files(setup.data, setup.root, setup.split, list(setup.evaluation_images)) \
         if truth.labels_fit(setup.data, setup.vocabulary.names) else {}
     if labels:
         measured = {name: evaluate.measure(setup, {"distill": one}, labels)["distill"]      # as any student
                     for name, one in found.items()}
-        print(f"\n{setup.data}: {len(labels)} images\n{'':22}   mIoU  pixel accuracy   (percent)")
+        print(f"\n{setup.data}: {len(labels)} {setup.split} images\n"
+              f"{'':22}   mIoU  pixel accuracy   (percent)")
         for name, numbers in measured.items():
             print(f"{name:22}{numbers['miou']:7.1f}{numbers['pixel_accuracy']:16.1f}")
         _, text, prototypes = measured.values()

@@ -37,8 +37,8 @@ def flags() -> argparse.ArgumentParser:
                             'image": mIoU}, mIoU in percent, [share, mIoU, spread] for a band; t or r, and '
                             'the last, may be missing')
     extra.add_argument("--show", nargs="+", metavar="ID:CLASS",
-                       help="figure 4: these classes on these validation images (default: on some images the "
-                            "class whose area rectification changes most)")
+                       help="figure 4: these classes on these images of the split (default: on some images "
+                            "the class whose area rectification changes most)")
     return parser
 
 
@@ -244,26 +244,26 @@ def heat_figure(rows: list[tuple[Image.Image, str, dict[str, Tensor]]]) -> Figur
 
 
 def parse_pairs(given: list[str], ids: list[str], names: list[str]) -> list[tuple[str, int]]:
-    """`--show` → image ids with class numbers. Raises ValueError for no validation image, or no class."""
+    """`--show` → image ids with class numbers. Raises ValueError for another image, or no class."""
     pairs = []
     for text in given:
         image, _, name = text.rpartition(":")
         if image not in ids or name not in names:
             other = "class" if image in ids else "image"
-            raise ValueError(f"--show {text}: expected ID:CLASS, a validation image ({ids[0]}, …) and one of "
-                             f"the classes {', '.join(names[:8])}, …; found another {other}.")
+            raise ValueError(f"--show {text}: expected ID:CLASS, an image that is measured ({ids[0]}, …) "
+                             f"and one of the classes {', '.join(names[:8])}, …; found another {other}.")
         pairs.append((image, names.index(name)))
     return pairs
 
 
 @torch.no_grad()
 def telling_pairs(setup: data.Setup, query: Tensor, count: int = 4) -> list[tuple[str, int]]:
-    """Some validation images, evenly spaced, each with the class that rectification changes most. No
+    """Some images of the split, evenly spaced, each with the class that rectification changes most. No
     label."""
     pairs, found = [], evaluate.predictors(setup, query, ["maskclip", "rectify"])
     [short_side] = {predictor.short_side for predictor in found.values()}
-    for image in scores.evenly_spaced(list(setup.validation_images), count):
-        picture = read_image(setup.validation_images[image])
+    for image in scores.evenly_spaced(list(setup.evaluation_images), count):
+        picture = read_image(setup.evaluation_images[image])
         resized = data.short_side_to(picture, short_side, setup.clip_model.visual.patch_size)
         logits = evaluate.logits_of_all(setup, found, data.to_tensor(resized)[None].to(setup.device))
         said = (evaluate.predict(one, (picture.height, picture.width)) for one in logits.values())
@@ -306,7 +306,7 @@ def main(args: argparse.Namespace) -> list[Path]:
     setup, query, labels, stages, system = scores.open_measured(args)
     names, folder = setup.vocabulary.names, setup.folder("figures")
     files.refuse_folders(folder, *(f"{name}.png" for name in FILES))
-    pairs = parse_pairs(args.show, list(setup.validation_images), names) if args.show else None
+    pairs = parse_pairs(args.show, list(setup.evaluation_images), names) if args.show else None
     for number, missing in ((1, "" if labels else f"no labels of {setup.data} for these classes"),
                             (3, "" if points else "no --points, which are measured elsewhere"),
                             (4, why_no_maps(setup, system))):
@@ -342,7 +342,7 @@ def figure_4(setup: data.Setup, query: Tensor, pairs: list[tuple[str, int]]) -> 
     """A row of heat maps for each pair of image and class. PNG."""
     rows = []
     for image, number in pairs:
-        picture = read_image(setup.validation_images[image])
+        picture = read_image(setup.evaluation_images[image])
         maps = {kind: of_all[number] for kind, of_all in logit_maps(setup, query, picture).items()}
         rows.append((picture, setup.vocabulary.names[number], maps))
     return png(heat_figure(rows))

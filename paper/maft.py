@@ -34,7 +34,7 @@ from harness import errors, flags as common
 
 
 def flags() -> argparse.ArgumentParser:
-    parser = common.parser(__doc__, "training")
+    parser = common.parser(__doc__, "training", "split")
     group = parser.add_argument_group("proposals")
     group.add_argument("--proposals", type=common.path, default="maskclip", metavar="maskclip|rectify|DIR",
                        help="superpixels and the regions of MaskCLIP or of this run's rectification; or your "
@@ -53,6 +53,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -65,7 +66,7 @@ import evaluate
 import rectify
 from clip.download import sha256
 from clip.model import VisionTransformer
-from datasets import images as image_files, is_folder, labels as ground_truth
+from datasets import images as image_files, is_drawn, is_folder, labels as ground_truth
 from harness import files, machine, runs
 from toyland import world
 
@@ -77,7 +78,7 @@ SYSTEM = SimpleNamespace(name="maft", command="python paper/maft.py")
 @dataclass(frozen=True)
 class Recipe:
     """Every number of MAFT, with its source."""
-    split: int = 8                          # [paper] L: the first block with a class token for each proposal
+    first_block: int = 8                    # [paper] L: the first block with a class token for each proposal
     # [ours] The paper's proposals come from a network that was trained on the seen classes' masks, and are
     # nearly those on training images. Ours are fragments: the loss gives them to classes that are not there.
     train_on: Literal["truth", "proposals"] = "truth"
@@ -96,8 +97,9 @@ RECIPES = {
     **dict.fromkeys(("context", "context-voc-first", "ade", "cityscapes"), Recipe(epochs=4)),   # [ours]
     # [ours] A CLIP of two blocks, the second with a class token for each proposal. So small, it needs larger
     # steps: harmonic mean 39.6, 45.1, 38.6 with 1e-4, 3e-4, 1e-3 (one trial on 400 scenes, seed 0).
-    "toyland": Recipe(split=1, short_side=144, batch_size=8, learning_rate=3e-4, epochs=3),
+    "toyland": Recipe(first_block=1, short_side=144, batch_size=8, learning_rate=3e-4, epochs=3),
 }
+RECIPES["toyland-things"] = RECIPES["toyland"]
 
 
 def seen_classes(classes: int) -> int:
@@ -215,10 +217,10 @@ def who_sees_whom(masks: Tensor, grid: tuple[int, int]) -> Tensor:
     return seen[:, None]
 
 
-def encode_proposals(visual: VisionTransformer, images: Tensor, masks: Tensor, split: int) -> Tensor:
+def encode_proposals(visual: VisionTransformer, images: Tensor, masks: Tensor, first_block: int) -> Tensor:
     """z_n: what CLIP sees of every proposal, all in one pass: (B, N, D). Sec. "IP-CLIP encoder".
 
-    images (B, 3, H, W); masks (B, N, p, q), any N; split = L, at most the last block. Blocks before L are
+    images (B, 3, H, W); masks (B, N, p, q), any N; first_block = L, at most the last. Blocks before L are
     CLIP's own; at L the class token is repeated N times. For a full mask and L at the last block z_n is
     CLIP's class token. With an earlier L it is not: CLIP's patches attend to the class token, these do not.
     """
@@ -226,10 +228,10 @@ def encode_proposals(visual: VisionTransformer, images: Tensor, masks: Tensor, s
     N, grid = masks.shape[1], [-(-side // visual.patch_size) for side in images.shape[-2:]]
     seen = who_sees_whom(masks, grid)                                               # (B, 1, N + n, N + n)
     x = visual.embed(images)                                                        # (B, 1 + n, E)
-    for block in blocks[:split]:
+    for block in blocks[:first_block]:
         x = block(x)
     x = torch.cat([x[:, :1].expand(-1, N, -1), x[:, 1:]], dim=1)                    # (B, N + n, E)
-    for block in blocks[split:]:
+    for block in blocks[first_block:]:
         x = block(x, seen=seen)
     x = last.only(x[:, :N], x, seen[:, :, :N])                  # exact: its other outputs are never read
     return visual.ln_post(x) @ visual.proj                                          # (B, N, D)
@@ -313,7 +315,7 @@ def train_step(tuned: VisionTransformer, frozen: VisionTransformer, image: Tenso
                classes: Tensor, truth: Tensor, query: Tensor, scale: float,
                recipe: Recipe) -> dict[str, Tensor]:
     """The losses of one image (3, H, W): proposals (N, p, q), true masks (K, p, q), seen classes' query."""
-    features = encode_proposals(tuned, image[None], masks[None], recipe.split)[0]               # z (N, D)
+    features = encode_proposals(tuned, image[None], masks[None], recipe.first_block)[0]         # z (N, D)
     scores = class_scores(features, query, scale)                                               # A (N, C)
     quality = soft_iou(masks, truth)                                                            # (K, N)
     whole, of_frozen = (class_scores(visual(image[None]), query, scale) for visual in (tuned, frozen))
@@ -349,7 +351,7 @@ def class_of(masks: Tensor, label: Tensor, classes: int) -> Tensor:
 
 @torch.no_grad()
 def measure(setup: data.Setup, towers: dict[str, VisionTransformer], images: evaluate.LabelledImages,
-            query: Tensor, propose: Callable, split: int) -> dict[str, dict[str, float]]:
+            query: Tensor, propose: Callable, first_block: int) -> dict[str, dict[str, float]]:
     """mIoU of every tower, and the spread of scores over pairs of proposals: all, of one class, of two."""
     C, scale = len(query), setup.clip_model.logit_scale.exp().item()
     confusion = {tower: torch.zeros(C, C, dtype=torch.int64) for tower in towers}
@@ -363,7 +365,7 @@ def measure(setup: data.Setup, towers: dict[str, VisionTransformer], images: eva
         known, same = (own < C) & (own < C)[:, None], own == own[:, None]
         for tower, visual in towers.items():
             with machine.autocast(setup.device, setup.precision):
-                features = encode_proposals(visual, image[None], masks[None], split)[0]         # (N, D)
+                features = encode_proposals(visual, image[None], masks[None], first_block)[0]   # (N, D)
             scores = class_scores(features, query, scale)                                       # (N, C)
             predicted = evaluate.predict(semantic_scores(scores, masks)[None], tuple(label.shape))
             confusion[tower] += evaluate.confusion_matrix(label, predicted, C).cpu()
@@ -383,11 +385,15 @@ def measure(setup: data.Setup, towers: dict[str, VisionTransformer], images: eva
 
 def labelled(setup: data.Setup, split: str, short_side: int) -> evaluate.LabelledImages:
     """The labelled images of a split. The labels of Toyland's training scenes are on no disk: drawn again."""
-    images = setup.training_images if split == "train" else setup.validation_images
-    labels, reader = images, lambda path, size: world.scene("train", int(path.stem))[1].astype("int64")
-    if (setup.data, split) != ("toyland", "train"):
+    images, C = setup.training_images if split == "train" else setup.evaluation_images, len(setup.vocabulary)
+    if split == "train" and is_drawn(setup.data):
+        labels, class_of = images, ground_truth.lookup_table(setup.data, C)
+
+        def reader(path: Path, size: tuple[int, int]) -> np.ndarray:
+            return class_of[world.scene("train", int(path.stem))[1]].astype(np.int64)
+    else:
         labels = ground_truth.label_files(setup.data, setup.root, split, list(images))
-        reader = ground_truth.LabelReader(setup.data, len(setup.vocabulary))
+        reader = ground_truth.LabelReader(setup.data, C)
     if not labels:
         raise ValueError(f"--data {setup.data}: expected labels of its {split} images, found none. python "
                          f"datasets/check.py --data {setup.data} says what is missing.")
@@ -403,11 +409,11 @@ def main(args: argparse.Namespace) -> dict[str, dict]:
     """Tune CLIP; measure it and the frozen one; write, print and return the numbers."""
     if args.data and is_folder(args.data):
         raise ValueError(f"--data {args.data}: expected a dataset whose labels are known, found a folder.")
-    setup = data.open_setup(args)
+    setup = data.open_setup(args, split=args.split)
     ground_truth.refuse_other_classes(setup.data, setup.vocabulary.names)
     recipe, query = data.recipe_for(setup, RECIPES, {}), rectify.query_of(setup)
     seen, scale = seen_classes(len(query)), setup.clip_model.logit_scale.exp().item()
-    images, validation = (labelled(setup, split, recipe.short_side) for split in ("train", "val"))
+    images, to_measure = (labelled(setup, split, recipe.short_side) for split in ("train", setup.split))
     propose, folder = proposer(setup, query, recipe, args.proposals), setup.folder("maft")
     frozen = setup.clip_model.visual
     tuned = copy.deepcopy(frozen)
@@ -442,14 +448,15 @@ def main(args: argparse.Namespace) -> dict[str, dict]:
                              [images.items[row][0] for _, row in batch])
             training.done(**mean)
 
-    metrics = measure(setup, {"frozen": frozen, "tuned": tuned}, validation, query, propose, recipe.split)
-    print(f"\n{setup.data}: {len(validation)} images, {seen} seen and {len(query) - seen} unseen classes, "
-          f"{metrics['tuned']['proposals']:.0f} proposals an image ({args.proposals})\n"
+    metrics = measure(setup, {"frozen": frozen, "tuned": tuned}, to_measure, query, propose,
+                      recipe.first_block)
+    print(f"\n{setup.data}: {len(to_measure)} {setup.split} images, {seen} seen and {len(query) - seen} "
+          f"unseen classes, {metrics['tuned']['proposals']:.0f} proposals an image ({args.proposals})\n"
           f"{'':12}{'seen':>8}{'unseen':>8}{'harmonic':>10}   spread of scores: {'all':>5}{'one class':>11}"
           f"{'two classes':>13}   (percent)")
-    made = {"system": SYSTEM.name, "data": setup.data, "images": len(validation), "proposals": args.proposals,
-            "classes": setup.vocabulary.names, "precision": setup.precision, "clip": setup.fingerprint,
-            "weights": sha256(folder / "checkpoint.pt")[:16]}
+    made = {"system": SYSTEM.name, "data": setup.data, "split": setup.split, "images": len(to_measure),
+            "proposals": args.proposals, "classes": setup.vocabulary.names, "precision": setup.precision,
+            "clip": setup.fingerprint, "weights": sha256(folder / "checkpoint.pt")[:16]}
     for tower, one in metrics.items():
         print(f"{tower + ' CLIP':12}{one['seen']:8.1f}{one['unseen']:8.1f}{one['harmonic']:10.1f}"
               f"{one['spread']:26.1f}{one['spread_same']:11.1f}{one['spread_other']:13.1f}")

@@ -199,7 +199,8 @@ class Reproduction:
     def open(self) -> None:
         """Open images, words and CLIP: needed to know whether a run was made as it would be made now."""
         self.setup = setup = data.open_setup(self.args)
-        self.labels = ground_truth.true_label_files(setup.data, setup.root, list(setup.validation_images))
+        self.labels = ground_truth.true_label_files(setup.data, setup.root, setup.split,
+                                                    list(setup.evaluation_images))
         recipes = {name: self.recipe_of(Job(name, "rectify", 0)) for name in ("reclip++", *SWEEPS)}
         self.recipe = recipes["reclip++"]
         # a point of a sweep that is the recipe itself needs no run of its own
@@ -316,10 +317,11 @@ class Reproduction:
             else None
 
     def fits(self, numbers, measures: tuple[str, ...], checkpoint: Path | None) -> bool:
-        """Whether numbers are of this checkpoint, CLIP, precision, classes and labels, and unrefined."""
+        """Whether numbers are of this checkpoint, CLIP, precision, classes, labels and split, unrefined."""
         expected = {"weights": None if checkpoint is None else sha256(checkpoint)[:16],
                     "precision": self.setup.precision, "clip": self.setup.fingerprint,
-                    "classes": self.setup.vocabulary.names, "images": len(self.labels)}
+                    "classes": self.setup.vocabulary.names, "split": self.setup.split,
+                    "images": len(self.labels)}
         try:
             made = numbers["fingerprint"]
             return set(measures) <= set(numbers) and not any(made.get("refinements", {}).values()) \
@@ -362,9 +364,9 @@ class Reproduction:
         """
         ground_truth.refuse_other_classes(self.data, self.setup.vocabulary.names)
         if not self.labels:                                 # said before hours of training, not after
-            raise ValueError(f"--data {self.data}: expected labels of its validation images to measure "
-                             f"against, found none. python datasets/check.py --data {self.data} says what is "
-                             "missing.")
+            raise ValueError(f"--data {self.data}: expected labels of its {self.setup.split} images to "
+                             f"measure against, found none. python datasets/check.py --data {self.data} says "
+                             "what is missing.")
         cores = os.cpu_count() or 1
         at_once = self.args.jobs or (1 if self.setup.device.type != "cpu" else min(8, cores))
         environment = {"OMP_NUM_THREADS": str(max(1, cores // at_once)), **os.environ, "TQDM_DISABLE": "1"}

@@ -8,8 +8,8 @@
 Here labels train something, and nowhere else: the classifier of the linear probe, which asks how much a
 frozen model's pixel embeddings know. It stands outside the method and no stage ever reads it. The probe and
 --hypotheses alone open training labels of the public datasets. Toyland has none on disk: their truth is drawn
-again, in memory. Everything else opens validation labels, as evaluate.py does. Reads the checkpoints of one
-run, writes runs/<data>/scores/*.json.
+again, in memory. Everything else opens labels of the split that is measured, as evaluate.py does. Reads the
+checkpoints of one run, writes runs/<data>/scores/*.json.
 
     B images · C classes · D channels of an embedding · H,W pixels of an image's own label
     h,w a stage's grid · N objects, or patches that the probe learns from · K bins of distance
@@ -54,7 +54,7 @@ import data
 import distill
 import evaluate
 import rectify
-from datasets import IGNORE, is_folder, labels as ground_truth
+from datasets import IGNORE, is_drawn, is_folder, labels as ground_truth
 from distill import System
 from evaluate import Predictor
 from harness import files, machine, runs
@@ -312,11 +312,12 @@ class DrawnScenes(torch.utils.data.Dataset):
     """Toyland's training scenes with their truth, as `evaluate.LabelledImages` would give them.
 
     The truth of these scenes is on no disk, so that nothing that trains could read it. A scene is a function
-    of its number, though: here both are drawn again and forgotten.
+    of its number, though: here both are drawn again and forgotten. `class_of`: number in the drawing → class,
+    as in label files (`datasets.labels.lookup_table`).
     """
 
-    def __init__(self, ids: list[str], short_side: int, multiple: int):
-        self.ids, self.short_side, self.multiple = ids, short_side, multiple
+    def __init__(self, ids: list[str], class_of: np.ndarray, short_side: int, multiple: int):
+        self.ids, self.class_of, self.short_side, self.multiple = ids, class_of, short_side, multiple
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -324,7 +325,7 @@ class DrawnScenes(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> tuple[str, Tensor, Tensor]:
         image, truth = toyland.scene("train", int(self.ids[index]))
         image = data.short_side_to(Image.fromarray(image), self.short_side, self.multiple)
-        return self.ids[index], data.to_tensor(image), torch.from_numpy(truth.astype(np.int64))
+        return self.ids[index], data.to_tensor(image), torch.from_numpy(self.class_of[truth].astype(np.int64))
 
 
 def labelled_training_images(setup: data.Setup, short_side: int, most: int,
@@ -336,10 +337,11 @@ def labelled_training_images(setup: data.Setup, short_side: int, most: int,
     """
     if is_folder(setup.data):
         raise ValueError(f"{flag} --data {setup.data}: expected a dataset with labels for training and "
-                         f"others for validation; found a folder of your own images. Leave {flag} out.")
+                         f"others to measure on; found a folder of your own images. Leave {flag} out.")
     patch, images = setup.clip_model.visual.patch_size, setup.training_images
-    if setup.data == "toyland":
-        return DrawnScenes(evenly_spaced(list(images), most), short_side, patch)
+    if is_drawn(setup.data):
+        class_of = ground_truth.lookup_table(setup.data, len(setup.vocabulary))
+        return DrawnScenes(evenly_spaced(list(images), most), class_of, short_side, patch)
     labels = ground_truth.label_files(setup.data, setup.root, "train", list(images))
     if not labels:
         raise ValueError(f"{flag} --data {setup.data}: expected labels of its training images, found none. "
@@ -396,7 +398,7 @@ def labelled_patches(setup: data.Setup, found: dict[str, Predictor], recipe: Pro
 
 def linear_probes(setup: data.Setup, query: Tensor, stages: list[str], labels: dict[str, Path],
                   recipe: ProbeRecipe, seed: int, system: System) -> dict[str, dict]:
-    """Train a linear classifier on each stage's frozen embeddings, measure it on validation images. Table I.
+    """Train a linear classifier on each stage's frozen embeddings, measure it on the split. Table I.
 
     Returns what `evaluate.measures` says of the predictions (mIoU and friends, in percent), with the
     number of patches that the probe learned from.
@@ -469,13 +471,13 @@ def print_hypotheses(found: dict) -> None:
 
 
 def open_measured(args: argparse.Namespace) -> tuple[data.Setup, Tensor, dict[str, Path], list[str], System]:
-    """The newest run, or that of `--data`: its setup, query, validation labels (or none), stages, system."""
-    setup = data.open_setup(args, runs.find(args.out, args.data, "rectify", "distill"))
+    """The newest run, or that of `--data`: its setup, query, labels (or none), stages, system."""
+    setup = data.open_setup(args, runs.find(args.out, args.data, "rectify", "distill"), split=args.split)
     evaluate.refuse_labels_of(setup, args.labels)
     labels = {}
     if ground_truth.labels_fit(setup.data, setup.vocabulary.names):
-        ids = list(setup.validation_images)
-        labels = ground_truth.true_label_files(setup.data, setup.root, ids, args.labels)
+        ids = list(setup.evaluation_images)
+        labels = ground_truth.true_label_files(setup.data, setup.root, setup.split, ids, args.labels)
     *_, last = stages = evaluate.existing_stages(setup)
     system = System()                           # the furthest stage says which system it is of
     if last in ("rectify", "distill"):
@@ -488,8 +490,8 @@ def print_scores(scores: dict) -> None:
     one = next(iter(scores.values()))
     made, objects_in = one["fingerprint"], one["curve"]["objects"]
     print("\n"
-          f"{made['data']}: {made['images']} images, {sum(objects_in)} objects, {len(made['classes'])} "
-          f"classes, {made['precision']}")
+          f"{made['data']}: {evaluate.images_measured(made)}, {sum(objects_in)} objects, "
+          f"{len(made['classes'])} classes, {made['precision']}")
     titles = {stage: evaluate.title(stage, found["fingerprint"]["system"]) for stage, found in scores.items()}
     width = max(20, *map(len, titles.values())) + 2
     print(f"{'':{width}}{'class preference':>18}{'space preference':>18}{'space slope':>13}"
@@ -516,8 +518,8 @@ def main(args: argparse.Namespace) -> dict:
     files.refuse_folders(folder, "scores.json", "hypotheses.json")
     ground_truth.refuse_other_classes(setup.data, setup.vocabulary.names)
     if not labels:
-        raise ValueError(f"{setup.data}: expected labels of its validation images to measure against, found "
-                         "none. For a folder of your own pass --labels DIR.")
+        raise ValueError(f"{setup.data}: expected labels of the images to measure, found none. For a folder "
+                         "of your own pass --labels DIR.")
     found, scores = evaluate.predictors(setup, query, stages, system), {}
     for stage, (confusion, counts) in confusions(setup, found, labels).items():
         measured_as = evaluate.fingerprint(setup, stage, found[stage], len(labels)) | {"bins": BINS}

@@ -144,7 +144,7 @@ WHOLE_IMAGE = {
     # [ours] Names 5.4 classes in a training scene on average, as the windows do. But others: captions of
     # Toyland name things, so a whole scene looks like its things, hardly any stuff is named, and what is
     # never named dies.
-    "toyland": (13.0, 5),
+    "toyland": (13.0, 5), "toyland-things": (13.0, 5),
 }
 ANY_THRESHOLD = {"any": dict(vote_threshold=0.0)}
 
@@ -268,7 +268,7 @@ class WithoutTower(Inherited):
 
 MASKS_ALONE = dict(feature_weight=0.0, text_weight=0.0)
 # [ours] With 0.9 the noise of Eq. 5 changes 54 % of the patches before training, as with the decoder and 2.
-UNDECODED = {"toyland": dict(mask_scale=0.9)}
+UNDECODED = dict.fromkeys(("toyland", "toyland-things"), dict(mask_scale=0.9))
 
 
 def other(name: str, **parts) -> System:

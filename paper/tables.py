@@ -56,10 +56,10 @@ def prose(text: str) -> str:
 
 
 def table_lines(table: Table, values: dict[Cell, list[float]], data: str) -> list[str]:
-    """A table as Markdown: the paper's columns (of `data`; in Toyland of all datasets it knows) and ours."""
+    """A table as Markdown: the paper's columns (of `data`; if it lacks that, all it has) and ours."""
     of_paper = data.removesuffix("-voc-first")
-    columns = [name for name in NAMES
-               if any(name in row.paper for row in table.rows) and of_paper in ("toyland", name)]
+    columns = [name for name in ([of_paper] if of_paper in NAMES else NAMES)
+               if any(name in row.paper for row in table.rows)]
     head = [f"{NAMES[name]} ({table.source})" for name in columns] + [f"{data} (ours)", "each seed"]
     lines = [f"### {table.title}", "", f"| {line(head)}", "|---" * (1 + len(head)) + "|"]
     for row in table.rows:
@@ -113,9 +113,11 @@ def digits_of(claim: Claim) -> int:
 
 
 def in_paper(claim: Claim, data: str) -> str:
-    """The paper's own difference where it gives both numbers: of `data`; in Toyland of VOC, else Context."""
+    """The paper's own difference where it gives both numbers: of `data`; if it lacks that, of VOC, else
+    Context."""
     rows = {row.cell: row.paper for row in TABLES[claim.source].rows} if claim.source in TABLES else {}
-    for name in ("voc", "context") if data == "toyland" else (data.removesuffix("-voc-first"),):
+    of_paper = data.removesuffix("-voc-first")
+    for name in (of_paper,) if of_paper in NAMES else ("voc", "context"):
         numbers = [rows.get(cell, {}).get(name) for cell in (claim.better, *claim.worse)]
         if None not in numbers:
             return f"{shown(numbers[0] - max(numbers[1:]), digits_of(claim), '+')} ({NAMES[name]})"

@@ -45,7 +45,7 @@ WRITES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod"}
 
 def make_small() -> None:
     """A dozen scenes, pictures of 32 pixels, three epochs of a few steps, and a CLIP of the least size."""
-    world.TRAIN_SCENES, world.VAL_SCENES, pretrain.BATCH = 8, 4, 8
+    world.TRAIN_SCENES, world.VAL_SCENES, world.TEST_SCENES, pretrain.BATCH = 8, 4, 4, 8
     pretrain.SMALL_CLIP = networks.SMALL_CLIP | dict(
         embed_dim=16, vision_width=64, vision_layers=1, transformer_width=64, transformer_heads=1,
         transformer_layers=1)

@@ -125,7 +125,7 @@ def toy_setup(out: Path, **flags):
     from data import Setup
     model = clip.build_model(openai_state(**TINY)).eval().requires_grad_(False)
     given = dict(out=str(out), cache=None, precision="fp32", workers=0, skip_broken=False, seed=0) | flags
-    return Setup("toys", "data", toy_vocabulary(), model, "tiny", Namespace(**given))
+    return Setup("toys", "data", toy_vocabulary(), model, "tiny", Namespace(**given), "all")
 
 
 # ------------------------------------------------------------------------------------- small datasets on disk

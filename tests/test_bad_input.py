@@ -63,6 +63,7 @@ def finished(tmp_path_factory):
         quick_recipes(patch, folder)
         patch.setattr(world, "TRAIN_SCENES", 2)
         patch.setattr(world, "VAL_SCENES", 2)
+        patch.setattr(world, "TEST_SCENES", 2)
         write_openai_archive("tiny.pt", **SMALLEST)
         write_voc_tree(Path("data"))
         write_photos(Path("photos"), "a.jpg", "b.png", "c.jpg")
@@ -1474,7 +1475,7 @@ def test_bad_scene_is_drawn_again_or_named(place, capsys, script, split, content
 def test_root_that_toyland_cannot_be_drawn_to_is_refused(place, capsys, root, spoil):
     spoil()
     new = [f"own/toyland/{kind}/{split}/{number:04d}.png"
-           for kind, splits in (("images", ("train", "val")), ("labels", ("val",)))
+           for kind, splits in (("images", ("train", "val", "test")), ("labels", ("val", "test")))
            for split in splits for number in range(2)]          # whole scenes are kept for the next time
     said = refused(capsys, place, world, ["--root", root], root, new=new)
     assert ".part" not in said, said

@@ -25,7 +25,7 @@ import distill
 import evaluate
 import rectify
 from conftest import ROOT
-from datasets import DATASETS, check, described, is_folder, words
+from datasets import DATASETS, check, described, is_folder, split_to_measure, words
 from datasets import images as image_files
 from datasets import labels as ground_truth
 from harness import runs
@@ -124,13 +124,13 @@ def test_each_dataset_has_its_classes_all_different_and_a_colour_for_each(name):
 
 def test_every_known_name_is_a_dataset_and_no_folder():
     """The scripts, the flags and the recipes know the same names; ./ade is a folder of that name."""
-    assert set(DATASETS) >= {"toyland", *CLASSES}
+    assert set(DATASETS) >= {"toyland", "toyland-things", *CLASSES}
     assert not any(is_folder(name) for name in DATASETS) and is_folder("./ade") and is_folder("photos")
     for stage in (rectify, distill):
         assert set(stage.RECIPES) == {*DATASETS, "folder"}
     for script in (rectify, check):
         [said] = [action.help for action in script.flags()._actions if "--data" in action.option_strings]
-        assert all(name in said for name in ("toyland", *CLASSES))
+        assert all(name in said for name in ("toyland", "toyland-things", *CLASSES))
 
 
 def test_cityscapes_label_ids_value_by_value():
@@ -231,10 +231,10 @@ def test_images_and_labels_are_found_where_the_archive_puts_them(tmp_path, name,
     root = str(base if inside else tmp_path)
     train, val, _ = TREES[name]
     assert list(image_files.training_images(name, root)) == sorted(train)
-    assert list(image_files.validation_images(name, root)) == sorted(val)
-    labels = ground_truth.true_label_files(name, root, sorted(val))
+    assert list(image_files.image_files(name, root, "val")) == sorted(val)
+    labels = ground_truth.true_label_files(name, root, "val", sorted(val))
     assert list(labels) == sorted(val) and all(path.is_file() for path in labels.values())
-    for image, path in image_files.validation_images(name, root).items():
+    for image, path in image_files.image_files(name, root, "val").items():
         assert image.split("/")[-1] in path.name and image.split("/")[-1] in labels[image].name
         ground_truth.LabelReader(name, CLASSES[name])(labels[image], size=(40, 56))
 
@@ -246,8 +246,8 @@ def test_training_images_are_found_without_any_label(tmp_path, name):
     for folder in ("SegmentationClassContext", "annotations", "gtFine"):
         shutil.rmtree(base / folder, ignore_errors=True)
     assert image_files.training_images(name, str(tmp_path)) == before
-    ids = list(image_files.validation_images(name, str(tmp_path)))
-    assert ground_truth.true_label_files(name, str(tmp_path), ids) == {}
+    ids = list(image_files.image_files(name, str(tmp_path), "val"))
+    assert ground_truth.true_label_files(name, str(tmp_path), "val", ids) == {}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -269,7 +269,7 @@ def test_missing_split_is_named(tmp_path, name):
     base = write_public_tree(name, tmp_path)
     folder = next(base.glob("*/train*"))
     shutil.rmtree(base / DATASETS[name].images.split("/")[0] / folder.name)
-    assert image_files.validation_images(name, str(tmp_path))
+    assert image_files.image_files(name, str(tmp_path), "val")
     with pytest.raises(FileNotFoundError,
                        match=rf"--data {name}: expected images .*{folder.name}.*found none"):
         image_files.training_images(name, str(tmp_path))
@@ -298,11 +298,11 @@ def test_cityscapes_prefers_train_ids_file_by_file_and_says_so(tmp_path, capsys)
     """Where both lie there labelTrainIds are read, else labelIds; either way the classes are the same."""
     base = write_public_tree("cityscapes", tmp_path)
     ids, read_label = TREES["cityscapes"][1], ground_truth.LabelReader("cityscapes", 19)
-    before = ground_truth.true_label_files("cityscapes", str(tmp_path), ids)
+    before = ground_truth.true_label_files("cityscapes", str(tmp_path), "val", ids)
     assert "2 *_gtFine_labelIds.png" in capsys.readouterr().out
     expected = read_label(before[ids[0]], (40, 56))
     write_label(base / f"gtFine/val/{ids[0]}_gtFine_labelTrainIds.png", expected)
-    found = ground_truth.true_label_files("cityscapes", str(tmp_path), ids)
+    found = ground_truth.true_label_files("cityscapes", str(tmp_path), "val", ids)
     assert [path.name.split("_")[-1] for path in found.values()] == ["labelTrainIds.png", "labelIds.png"]
     said = capsys.readouterr().out
     assert "1 *_gtFine_labelTrainIds.png" in said and "1 *_gtFine_labelIds.png" in said
@@ -317,7 +317,7 @@ def test_curated_list_of_coco_narrows_its_split_alone(tmp_path):
     folder.mkdir(parents=True)
     (folder / "mine.txt").write_text("000000000030\n000000000009\n")
     assert list(image_files.training_images("coco", str(tmp_path))) == ["000000000009", "000000000030"]
-    assert len(image_files.validation_images("coco", str(tmp_path))) == 2
+    assert len(image_files.image_files("coco", str(tmp_path), "val")) == 2
     (folder / "Coco164kFew_Stuff_6.txt").write_text("000000000025\n")
     with pytest.raises(ValueError, match=r"expected one list .*found Coco164kFew_Stuff_6\.txt, mine\.txt"):
         image_files.training_images("coco", str(tmp_path))
@@ -358,11 +358,11 @@ def test_order_of_context_is_proven_or_refused_by_vocs_labels_beside(tmp_path, c
     error."""
     context_pair(tmp_path, order, voc_folder)
     ids = TREES["context"][1]
-    assert len(ground_truth.true_label_files(name, str(tmp_path), ids)) == 2
+    assert len(ground_truth.true_label_files(name, str(tmp_path), "val", ids)) == 2
     assert "rightly" in (said := capsys.readouterr().out) and "100%" in said
     with pytest.raises(ValueError,
                        match=rf"--data {other}: expected labels in the order .*Use --data {name}\."):
-        ground_truth.true_label_files(other, str(tmp_path), ids)
+        ground_truth.true_label_files(other, str(tmp_path), "val", ids)
 
 
 def test_order_of_context_that_nothing_proves_is_said_to_be_unproven(tmp_path, capsys):
@@ -371,11 +371,11 @@ def test_order_of_context_that_nothing_proves_is_said_to_be_unproven(tmp_path, c
     write_public_tree("context", tmp_path)
     ids = TREES["context"][1]
     for name, order in (("context", "alphabetical"), ("context-voc-first", "voc-first")):
-        assert len(ground_truth.true_label_files(name, str(tmp_path), ids)) == 2
+        assert len(ground_truth.true_label_files(name, str(tmp_path), "val", ids)) == 2
         assert f"in the order {order}. Nothing proves it: no labels" in capsys.readouterr().out
     for image in ids:
         write_label(tmp_path / f"VOCdevkit/VOC2012/SegmentationClass/{image}.png", np.full((40, 56), 19))
-    ground_truth.true_label_files("context", str(tmp_path), ids)
+    ground_truth.true_label_files("context", str(tmp_path), "val", ids)
     assert "Nothing proves it: of " in capsys.readouterr().out
 
 
@@ -384,7 +384,7 @@ def test_no_label_of_context_is_opened_to_list_its_training_images(tmp_path, mon
     context_pair(tmp_path, VOC_FIRST, "VOCdevkit/VOC2010/SegmentationClass")
     monkeypatch.setattr(ground_truth, "label_picture", lambda path: pytest.fail(f"{path} was opened"))
     assert len(image_files.training_images("context", str(tmp_path))) == 4
-    assert len(image_files.validation_images("context", str(tmp_path))) == 2
+    assert len(image_files.image_files("context", str(tmp_path), "val")) == 2
 
 
 # ------------------------------------------------------------------------------------------ recipes
@@ -515,7 +515,7 @@ DEFECTS = {
                                                        base / IMAGE),
                                            (base / IMAGE).rename(
                                                base / "images/validation/ADE_train_00000001.jpg")),
-                             ["expected no image in both splits, found 1 (ADE_train_00000001)"]),
+                             ["expected no image in both train and val, found 1 (ADE_train_00000001)"]),
     "other classes": (lambda base: (base / "objectInfo150.txt").write_text(
         "Idx\tRatio\tTrain\tVal\tName\n1\t0\t0\t0\twall\n2\t0\t0\t0\tsky\n3\t0\t0\t0\tbuilding, edifice\n"),
         ["objectInfo150.txt: expected class 2 to be building, found sky"]),
@@ -541,7 +541,7 @@ def test_an_id_may_stand_in_both_splits_an_image_may_not(tmp_path):
     assert check.wrong_counts("photos", "unused", images, labels={}) == []
     shutil.copy(images["train"]["0000"], images["val"]["0000"])
     [problem] = check.wrong_counts("photos", "unused", images, labels={})
-    assert "expected no image in both splits, found 1 (0000)" in problem
+    assert "expected no image in both train and val, found 1 (0000)" in problem
 
 
 def test_many_faults_of_one_kind_are_counted_not_listed(tmp_path, capsys, monkeypatch):
@@ -784,9 +784,9 @@ def test_a_description_and_two_recipe_lines_add_a_dataset(project):
     add_recipe(project, "rectify", "distill")
     for typed, said in ((["datasets/check.py", "--data", "pets"], "All is well"),
                         (["rectify.py", "--data", "pets", "--clip", "tiny.pt", "--epochs", "1"],
-                         "pets: 2 images, 2 classes"),
-                        (["distill.py", "--epochs", "1"], "pets: 2 images, 2 classes"),
-                        (["evaluate.py"], "pets: 2 images, 2 classes")):
+                         "pets: 2 val images, 2 classes"),
+                        (["distill.py", "--epochs", "1"], "pets: 2 val images, 2 classes"),
+                        (["evaluate.py"], "pets: 2 val images, 2 classes")):
         result = command(project, *typed)
         assert result.returncode == 0 and said in result.stdout, result.stdout + result.stderr
     metrics = json.loads((project / "runs/pets/evaluate/metrics.json").read_text())
@@ -843,6 +843,40 @@ def test_a_description_that_cannot_be_one_is_refused_by_file(tmp_path, content, 
     with pytest.raises(ValueError, match=r"pets\.json: expected a dataset's description") as error:
         described(tmp_path / "pets.json")
     assert found in str(error.value).split("found: ")[1]
+
+
+def test_a_description_may_have_a_third_split(tmp_path, monkeypatch):
+    """It is measured when it is asked for. Counts and splits name the same ones, and no fourth."""
+    path = tmp_path / "pets.json"
+    three = PETS | {"counts": {"train": 4, "val": 2, "test": 3},
+                    "splits": {"train": "train", "val": "val", "test": "exam"}}
+    for content, splits in ((PETS, ["val"]), (three, ["val", "test"])):
+        path.write_text(json.dumps(content))
+        monkeypatch.setitem(DATASETS, "pets", described(path))
+        assert split_to_measure("pets") == "val"
+        assert all(split_to_measure("pets", split) == split for split in splits)
+    for wrong in (without(three, "counts", "test"), without(three, "splits", "test"),
+                  PETS | {"counts": {"train": 4, "val": 2, "dev": 3},
+                          "splits": {"train": "train", "val": "val", "dev": "dev"}}):
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match="counts and splits are those of train and val, and of test"):
+            described(path)
+
+
+def test_all_splits_that_there_are_are_looked_through(tmp_path, capsys, monkeypatch):
+    """A third split's labels are opened, and its images are in no other."""
+    base, ade = write_public_tree("ade", tmp_path), DATASETS["ade"]
+    monkeypatch.setitem(DATASETS, "ade", replace(ade, counts={"train": 4, "val": 2, "test": 1},
+                                                 splits=ade.splits | {"test": "exam"}))
+    write_photos(base, "images/exam/1.jpg")
+    write_label(base / "annotations/exam/1.png", np.tile(np.repeat([1, 2, 13, 45], 14), (40, 1)))
+    problems, said = checked(capsys, "--data", "ade", "--root", tmp_path)
+    assert problems == [] and "test        1 images        1 labels\n" in said
+    write_label(base / "annotations/exam/1.png", np.full((40, 56), 200))
+    shutil.copy(base / "images/training/ADE_train_00000001.jpg", base / "images/exam/ADE_train_00000001.jpg")
+    problems, _ = checked(capsys, "--data", "ade", "--root", tmp_path)
+    assert any("exam/1.png" in problem and "found [200]" in problem for problem in problems), problems
+    assert any("no image in both train and test, found 1" in problem for problem in problems), problems
 
 
 def test_a_description_like_another_takes_what_it_does_not_say_from_there(tmp_path):

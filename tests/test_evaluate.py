@@ -311,7 +311,7 @@ def test_single_class_column_of_a_one_pixel_wide_picture():
 
 def metrics_of(**stages):
     return {stage: evaluate.measures(confusion, WORDS.names) | {"fingerprint": {
-        "system": "reclip++", "data": "photos", "images": 3, "of": 3, "classes": WORDS.names,
+        "system": "reclip++", "data": "photos", "split": "all", "images": 3, "of": 3, "classes": WORDS.names,
         "short_side": 336, "precision": "fp32", "refinements": {"prompt_denoising": 0.0}}}
         for stage, confusion in stages.items()}
 

@@ -130,6 +130,17 @@ def test_a_solution_in_prose_or_in_another_function_is_noticed():
         handout.blanked({**texts, "notes.md": texts["extra.py"]}, [one])
 
 
+def test_no_link_of_a_hand_out_leads_nowhere(student):
+    """Folders that are left out are named there, not linked."""
+    pages = [path for path in student.rglob("*.md") if ".git" not in path.parts]
+    links = [(page, link) for page in pages
+             for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))]
+    assert len(links) > 50
+    assert [(page.name, link) for page, link in links if not (page.parent / link).exists()] == []
+    assert "[`benchmarks/`]" not in (student / "README.md").read_text() and "`benchmarks/`" in (
+        student / "README.md").read_text()
+
+
 def test_two_runs_give_the_same_bytes_and_only_some_exercises_may_be_chosen(student, tmp_path):
     handout.main(handout.flags().parse_args([str(tmp_path / "again")]))
     assert everything(tmp_path / "again") == everything(student)

@@ -335,7 +335,8 @@ def test_class_list_that_would_be_misread_is_refused(folder, text, said):
 def test_label_is_found_whatever_its_case_and_spelling(folder, capsys, given):
     write_photos(folder / "photos", "a.jpg", f"{unicodedata.normalize('NFD', 'früh')}.jpg", "c.jpg")
     write_label(Path("truth", given), np.zeros((40, 56)))
-    found = labels.true_label_files("photos", "data", list(images.training_images("photos", "data")), "truth")
+    ids = list(images.training_images("photos", "data"))
+    found = labels.true_label_files("photos", "data", "all", ids, "truth")
     assert [path.name for path in found.values()] == [given]
     assert "1 of 3 images have a label" in capsys.readouterr().out
 
@@ -639,14 +640,14 @@ def test_label_is_turned_by_its_own_exif_as_the_photograph_is(folder):
 def test_two_images_for_one_label_are_refused(folder):
     write_label(Path("truth/a.png"), np.zeros((4, 4)))
     with pytest.raises(ValueError, match="found A and a for one label, a.png"):
-        labels.true_label_files("photos", "data", ["A", "a"], "truth")
+        labels.true_label_files("photos", "data", "all", ["A", "a"], "truth")
 
 
 def test_labels_of_other_endings_are_named(folder):
     Path("truth").mkdir()
     Image.fromarray(VALUES_3).save("truth/a.bmp")
     with pytest.raises(ValueError, match=r"expected PNG files .* found none of them; there are 1 \.bmp"):
-        labels.true_label_files("photos", "data", ["a"], "truth")
+        labels.true_label_files("photos", "data", "all", ["a"], "truth")
 
 
 @pytest.mark.parametrize("text, said", [

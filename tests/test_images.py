@@ -24,12 +24,12 @@ def test_root_may_be_any_folder_on_the_way_to_voc(tmp_path, inside):
     """--root may name the folder with VOCdevkit, VOCdevkit, or VOC2012: the same lists and files are
     found."""
     root = str(write_voc_tree(tmp_path) / inside)
-    train, val = image_files.training_images("voc", root), image_files.validation_images("voc", root)
+    train, val = image_files.training_images("voc", root), image_files.image_files("voc", root, "val")
     assert list(train) == ["2007_000032", "2007_000039", "2007_000063", "2007_000068"]
     assert list(val) == ["2007_000033", "2007_000042"]
     assert all(path.is_file() and path.parent.name == "JPEGImages"
                for path in (*train.values(), *val.values()))
-    labels = ground_truth.true_label_files("voc", root, list(val))
+    labels = ground_truth.true_label_files("voc", root, "val", list(val))
     assert list(labels) == list(val) and all(path.parent.name == "SegmentationClass"
                                              for path in labels.values())
 
@@ -44,7 +44,7 @@ def test_missing_list_is_named(tmp_path):
     base = write_voc_tree(tmp_path) / VOC_BASE
     (base / "ImageSets/Segmentation/val.txt").unlink()
     with pytest.raises(FileNotFoundError, match=r"expected the list .*val\.txt, found none"):
-        image_files.validation_images("voc", str(tmp_path))
+        image_files.image_files("voc", str(tmp_path), "val")
 
 
 def test_image_missing_from_the_folder_is_named(tmp_path):
@@ -77,8 +77,8 @@ def test_training_images_need_no_label_folder(tmp_path):
     before = image_files.training_images("voc", str(write_voc_tree(tmp_path)))
     shutil.rmtree(tmp_path / VOC_BASE / "SegmentationClass")
     assert image_files.training_images("voc", str(tmp_path)) == before
-    assert ground_truth.true_label_files("voc", str(tmp_path),
-                                         list(image_files.validation_images("voc", str(tmp_path)))) == {}
+    assert ground_truth.true_label_files("voc", str(tmp_path), "val",
+                                         list(image_files.image_files("voc", str(tmp_path), "val"))) == {}
 
 
 # -------------------------------------------------------------------------------------- a folder of one's own
@@ -92,7 +92,6 @@ def test_folder_of_images_of_any_kind_and_depth(tmp_path):
     found = image_files.training_images(str(folder), "unused")
     assert sorted(found) == sorted(["a", "b", "c", "d", "été/кот 1", "été/深い/x.y"])
     assert list(found.values()) == sorted(found.values()) and all(path.is_file() for path in found.values())
-    assert image_files.validation_images(str(folder), "unused") == found
 
 
 def test_two_images_that_differ_in_their_suffix_alone_are_refused(tmp_path):

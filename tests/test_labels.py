@@ -84,13 +84,13 @@ def test_labels_of_a_folder_are_found_by_name(tmp_path):
     none."""
     ids = ["a", "sub/b"]
     write_label(tmp_path / "labels/sub/b.png", np.zeros((2, 2)))
-    assert ground_truth.true_label_files("photos", "unused", ids, str(tmp_path / "labels")) \
+    assert ground_truth.true_label_files("photos", "unused", "all", ids, str(tmp_path / "labels")) \
         == {"sub/b": tmp_path / "labels/sub/b.png"}
-    assert ground_truth.true_label_files("photos", "unused", ids) == {}
+    assert ground_truth.true_label_files("photos", "unused", "all", ids) == {}
     with pytest.raises(FileNotFoundError, match="--labels .*expected a folder"):
-        ground_truth.true_label_files("photos", "unused", ids, str(tmp_path / "nowhere"))
+        ground_truth.true_label_files("photos", "unused", "all", ids, str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match=r"expected PNG files .*\(c\.png, …\), found none"):
-        ground_truth.true_label_files("photos", "unused", ["c"], str(tmp_path / "labels"))
+        ground_truth.true_label_files("photos", "unused", "all", ["c"], str(tmp_path / "labels"))
 
 
 # ------------------------------------------------------------------------------------------ evaluation images
@@ -98,8 +98,8 @@ def test_labels_of_a_folder_are_found_by_name(tmp_path):
 def test_labelled_images_pair_an_image_with_its_label_at_its_own_size(tmp_path):
     """The image is resized, the label is not; an image without a label is left out."""
     write_voc_tree(tmp_path)
-    images = image_files.validation_images("voc", str(tmp_path))
-    labels = ground_truth.true_label_files("voc", str(tmp_path), list(images))
+    images = image_files.image_files("voc", str(tmp_path), "val")
+    labels = ground_truth.true_label_files("voc", str(tmp_path), "val", list(images))
     labels.pop("2007_000033")
     dataset = evaluate.LabelledImages(images, labels,
                                      ground_truth.LabelReader("voc", 20), short_side=20)

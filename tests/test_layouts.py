@@ -127,9 +127,9 @@ def is_picture_sheet(path: Path) -> bool:
 
 def true_labels(name: str) -> np.ndarray:
     """The classes of all validation pixels in ./data, one after another, as evaluation reads them."""
-    images, read_label = image_files.validation_images(name,
-                                                       "data"), ground_truth.LabelReader(name, CLASSES[name])
-    labels = ground_truth.true_label_files(name, "data", list(images))
+    images = image_files.image_files(name, "data", "val")
+    read_label = ground_truth.LabelReader(name, CLASSES[name])
+    labels = ground_truth.true_label_files(name, "data", "val", list(images))
     sizes = {image: image_files.read_image(path).size[::-1] for image, path in images.items()}
     return np.concatenate([read_label(labels[image], sizes[image]).ravel() for image in images])
 

@@ -18,7 +18,7 @@ import clip
 import evaluate
 import rectify
 from conftest import ROOT
-from datasets import DATASETS
+from datasets import DATASETS, IGNORE, words
 from helpers import TINY, openai_state, random, refusal, relative, run, unit, write_voc_tree
 from paper import maft
 from test_house import TRAINING, all_arrows, house, reached                                 # noqa: F401
@@ -331,7 +331,7 @@ def test_a_way_to_it_would_be_found(house, file):                               
 @pytest.fixture
 def voc(place, tiny_clip, monkeypatch):
     write_voc_tree(place / "data")
-    small = replace(maft.Recipe(), split=1, short_side=32, superpixels=(4,), batch_size=2, epochs=2,
+    small = replace(maft.Recipe(), first_block=1, short_side=32, superpixels=(4,), batch_size=2, epochs=2,
                     learning_rate=1e-3)
     monkeypatch.setitem(maft.RECIPES, "voc", small)
     return ["--data", "voc", "--clip", tiny_clip]
@@ -405,7 +405,7 @@ def test_toylands_training_labels_are_drawn_and_not_read(tmp_path):
     """The truth of a training scene, whatever lies on the disk."""
     class Setup:
         data, root, training_images = "toyland", str(tmp_path), {"0007": tmp_path / "0007.png"}
-        clip_model = clip.build_model(openai_state(**TINY))
+        clip_model, vocabulary = clip.build_model(openai_state(**TINY)), words.vocabulary("toyland")
 
     image, truth = world.scene("train", 7)
     Image.fromarray(image).save(tmp_path / "0007.png")
@@ -413,3 +413,6 @@ def test_toylands_training_labels_are_drawn_and_not_read(tmp_path):
     assert name == "0007" and label.equal(torch.from_numpy(truth.astype(np.int64)))
     assert found.shape == (3, 96, 128)
     assert evaluate.confusion_matrix(label, label, 16).sum() == truth.size
+    Setup.data, Setup.vocabulary = "toyland-things", words.vocabulary("toyland-things")
+    [(_, _, label)] = [maft.labelled(Setup(), "train", 96)[0]]
+    assert np.array_equal(label.numpy(), np.where(truth < 6, IGNORE, truth.astype(int) - 6))

@@ -405,7 +405,7 @@ def test_student_of_another_teacher_and_run_on_other_images_are_refused(voc, cap
     assert said in refusal(capsys, reproduce, "table8", *voc, "--seeds", "1")
 
 
-@pytest.mark.parametrize("change", ["weights", "images", "precision", "refinements", "not JSON",
+@pytest.mark.parametrize("change", ["weights", "images", "precision", "split", "refinements", "not JSON",
                                     "no such measure"])
 def test_numbers_of_something_else_are_measured_again(voc, change):
     """metrics.json says what it is of; what is not of this checkpoint and these labels does not count."""
@@ -595,6 +595,8 @@ def test_what_the_bias_says_is_told_of_every_run(voc, capsys):
     assert -1 <= found["runs"][0] <= 1 and len(ours.split()) == 7
     done = subprocess.run([sys.executable, ROOT / "paper/bias.py", "nowhere"], capture_output=True, text=True)
     assert done.returncode == 2 and "expected a run folder with a rectification" in done.stderr
+    with pytest.raises(ValueError, match="--split test: expected a dataset with that split"):
+        bias.main(bias.flags().parse_args(["runs", "--split", "test"]))
 
 
 def test_bias_that_is_no_map_of_its_own_is_refused(voc, capsys):
@@ -661,7 +663,7 @@ def test_page_of_the_room_has_the_papers_table_ii_and_todays_count():
 def test_mafts_table_is_made_by_the_same_command_and_taken_as_it_is(voc, monkeypatch, capsys):
     """Its published numbers beside ours; another recipe is refused, numbers of another checkpoint are not
     taken."""
-    small = replace(maft.Recipe(), split=1, short_side=32, superpixels=(4,), batch_size=2)
+    small = replace(maft.Recipe(), first_block=1, short_side=32, superpixels=(4,), batch_size=2)
     monkeypatch.setitem(maft.RECIPES, "voc", small)
     values = run(reproduce, "maft", *voc, "--seeds", "2")
     assert set(values) == {("maft", tower, measure) for tower in ("frozen", "tuned") for measure in OF_MAFT}

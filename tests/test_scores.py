@@ -702,19 +702,40 @@ def test_toyland_s_probe_draws_training_scenes_again_and_writes_none(place, monk
     monkeypatch.chdir(place)
     monkeypatch.setattr(toyland, "TRAIN_SCENES", 6)
     monkeypatch.setattr(toyland, "VAL_SCENES", 3)
+    monkeypatch.setattr(toyland, "TEST_SCENES", 3)
     found, label_picture = [], ground_truth.label_picture
     monkeypatch.setattr(ground_truth, "label_picture",
                         lambda path: found.append(path.parent.name) or label_picture(path))
     result = run(scores, "--probe")
     assert list(result) == ["vanilla", "maskclip"] and 0 < result["maskclip"]["probe"]["patches"] <= 600
-    assert set(found) == {"val"} and os.listdir("data/toyland/labels") == ["val"]
+    assert set(found) == {"val"} and sorted(os.listdir("data/toyland/labels")) == ["test", "val"]
     written = [path for path in Path(".").rglob("*") if path.is_file() and "train" in path.parts]
     assert len(written) == 6 and {path.parent for path in written} == {Path("data/toyland/images/train")}
-    drawn = scores.DrawnScenes(["0004"], short_side=144, multiple=8)
+    class_of = ground_truth.lookup_table("toyland", 16)
+    drawn = scores.DrawnScenes(["0004"], class_of, short_side=144, multiple=8)
     name, image, truth = drawn[0]
     on_disk = image_files.read_image(Path("data/toyland/images/train/0004.png"))
     assert name == "0004" and torch.equal(image, data.to_tensor(data.short_side_to(on_disk, 144, 8)))
     assert truth.shape == (96, 128) and np.array_equal(truth.numpy(), toyland.scene("train", 4)[1])
+
+
+def test_hypotheses_and_probe_of_toyland_s_things_are_about_things(place, monkeypatch):
+    """The truth that is drawn again has the numbers of the list of classes; no stuff counts."""
+    monkeypatch.undo()
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(toyland, "TRAIN_SCENES", 6)
+    monkeypatch.setattr(toyland, "VAL_SCENES", 2)
+    monkeypatch.setattr(toyland, "TEST_SCENES", 3)
+    result = run(scores, "--data", "toyland-things", "--probe", "--hypotheses")
+    assert list(result["maskclip"]["probe"]["per_class_iou"]) == [*toyland.THINGS]
+    found = json.loads(Path("runs/toyland-things/scores/hypotheses.json").read_text())
+    assert list(found["per_class"]) == [*toyland.THINGS]
+    there = np.zeros(10, dtype=bool)
+    for number in range(6):
+        things = toyland.scene("train", number)[1].astype(int) - 6
+        counts = np.bincount(things[things >= 0], minlength=10)
+        there |= counts > scores.LEAST * counts.sum()
+    assert [recall is not None for _, recall in found["per_class"].values()] == there.tolist()
 
 
 @pytest.mark.slow
@@ -725,6 +746,7 @@ def test_probe_beats_the_stage_s_own_words_in_toyland(place, monkeypatch):
     monkeypatch.chdir(place)
     monkeypatch.setattr(toyland, "TRAIN_SCENES", 150)
     monkeypatch.setattr(toyland, "VAL_SCENES", 60)
+    monkeypatch.setattr(toyland, "TEST_SCENES", 60)
     setup, query, labels, _, system = measured()
     recipe = scores.ProbeRecipe()
     probed = scores.linear_probes(setup, query, ["maskclip"], labels, recipe, 0, system)["maskclip"]
@@ -747,7 +769,7 @@ def test_what_cannot_be_scored_is_refused(place, tiny_clip, capsys):
     write_photos(place / "photos", "a.jpg", "b.png")
     Path("names.txt").write_text("cat\nsofa\nwall\n")
     own = ["--data", "photos", "--classes", "names.txt", "--clip", tiny_clip]
-    assert "expected labels of its validation images" in refusal(capsys, scores, *own)
+    assert "expected labels of the images to measure" in refusal(capsys, scores, *own)
     for name in ("a", "b"):
         write_label(Path("truth", f"{name}.png"), np.random.default_rng(0).choice([0, 1, 2, 255], (40, 56)))
     assert list(run(scores, *own, "--labels", "truth")) == ["vanilla", "maskclip"]

@@ -33,6 +33,7 @@ from datasets import images as image_files
 from harness import errors, machine, runs
 from helpers import (SMALLEST, VOC_BASE, openai_state, photo, refusal, run, write_label, write_openai_archive,
                      write_photos, write_voc_tree)
+from paper import clip_s4, maft, run as paper_run
 from toyland import world
 
 SCRIPTS = ["rectify", "distill", "evaluate", "segment", "toyland/world", "toyland/pretrain", "datasets/check",
@@ -190,7 +191,7 @@ def test_measured_numbers_are_those_of_the_predictions(voc):
     setup = opened()
     query = rectify.query_features(setup.clip_model, setup.vocabulary)
     predicted, truth = [], []
-    for name, path in image_files.validation_images("voc", "data").items():
+    for name, path in image_files.image_files("voc", "data", "val").items():
         image = data.to_tensor(data.short_side_to(image_files.read_image(path), 32, multiple=8))[None]
         cosines = torch.einsum("bdhw,cd->bchw", setup.clip_model.encode_dense(image, path="residual"), query)
         up = torch.nn.functional.interpolate(cosines, size=(40, 56), mode="bilinear", align_corners=False)
@@ -382,6 +383,7 @@ def test_toyland_without_a_flag(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     monkeypatch.setattr(world, "TRAIN_SCENES", 16)
     monkeypatch.setattr(world, "VAL_SCENES", 8)
+    monkeypatch.setattr(world, "TEST_SCENES", 8)
     run(rectify, "--epochs", "1")
     run(distill, "--epochs", "1")
     metrics = run(evaluate)
@@ -392,6 +394,78 @@ def test_toyland_without_a_flag(place, monkeypatch, capsys):
     assert Path("runs/segment/toyland_overlay.png").exists()
     assert Path("runs/toyland/evaluate/preview.png").exists()
     assert not Path("data/toyland/labels/train").exists()
+
+
+@pytest.fixture
+def few_scenes(place, monkeypatch):
+    monkeypatch.setattr(world, "TRAIN_SCENES", 4)
+    monkeypatch.setattr(world, "VAL_SCENES", 3)
+    monkeypatch.setattr(world, "TEST_SCENES", 5)
+
+
+def test_split_is_chosen_told_and_recorded(few_scenes, capsys):
+    """val unless test is asked for: other scenes, other numbers, also right after a training."""
+    run(rectify, "--epochs", "1")
+    assert "toyland: 3 val images, 16 classes" in capsys.readouterr().out
+    trained = read_json("runs/toyland/rectify/metrics.json")
+    assert trained["fingerprint"]["split"] == "val" and trained["fingerprint"]["images"] == 3
+    val, asked, test = (run(evaluate, *flags) for flags in ([], ["--split", "val"], ["--split", "test"]))
+    said = capsys.readouterr().out
+    assert said.count("toyland: 3 val images, 16") == 2 and said.count("toyland: 5 test images, 16") == 1
+    assert val == asked and val["rectify"]["miou"] == trained["miou"]
+    assert test["rectify"]["fingerprint"] == val["rectify"]["fingerprint"] | {"split": "test", "images": 5,
+                                                                               "of": 5}
+    assert all(val[stage]["miou"] != test[stage]["miou"] for stage in test)
+    assert read_json("runs/toyland/evaluate/metrics.json") == test
+
+
+def test_split_that_is_not_there_is_refused(voc, photos, capsys):
+    """Before CLIP is opened."""
+    assert run(evaluate, *voc, "--split", "val")["maskclip"]["fingerprint"]["split"] == "val"
+    said = refusal(capsys, evaluate, "--data", "voc", "--clip", "no such file", "--split", "test")
+    assert "--split test: expected a dataset with that split and its labels, found voc, with val" in said
+    said = refusal(capsys, evaluate, *photos, "--labels", "nowhere", "--split", "val")
+    assert "--split val: expected a dataset" in said and "a folder, all of which is measured" in said
+
+
+def test_what_a_training_ends_with_is_of_the_usual_split(few_scenes):
+    """rectify.py and distill.py have no --split; that of paper/run.py is for its last stage."""
+    for script in (rectify, distill):
+        assert "--split" not in script.flags().format_help()
+    run(paper_run, "no-bias", "--split", "test", "--epochs", "1")
+    split = {stage: {one["fingerprint"]["split"] for one in metrics.values()} for stage, metrics in (
+        ("rectify", {"": read_json("runs/toyland/rectify/metrics.json")}),
+        ("evaluate", read_json("runs/toyland/evaluate/metrics.json")))}
+    assert split == {"rectify": {"val"}, "evaluate": {"test"}}
+
+
+@pytest.mark.parametrize("flags, split", [([], "val"), (["--split", "test"], "test")])
+def test_scripts_that_train_and_measure_know_the_split(few_scenes, monkeypatch, flags, split):
+    monkeypatch.setitem(maft.RECIPES, "toyland", replace(maft.RECIPES["toyland"], epochs=1))
+    for script, name in ((clip_s4, "clip_s4"), (maft, "maft")):
+        run(script, *flags)
+        found = read_json(f"runs/toyland/{name}/metrics.json")
+        made = found["tuned" if script is maft else "fingerprint"]
+        made = made.get("fingerprint", made)
+        assert (made["split"], made["images"]) == (split, 5 if split == "test" else 3)
+
+
+def test_things_of_toyland_are_a_dataset(few_scenes, capsys):
+    """The pictures of toyland, ten classes, and runs of its own."""
+    run(rectify, "--data", "toyland-things", "--epochs", "1")
+    run(distill, "--epochs", "1")
+    metrics = run(evaluate)
+    assert "toyland-things: 3 val images, 10 classes" in capsys.readouterr().out
+    assert all(list(found["per_class_iou"]) == [*world.THINGS] for found in metrics.values())
+    assert os.listdir("data") == ["toyland"] and os.listdir("runs") == ["toyland-things"]
+    assert metrics["maskclip"]["miou"] > metrics["vanilla"]["miou"]
+    assert "found 16 in --classes" in refusal(
+        capsys, evaluate, "--data", "toyland-things", "--out", "other", "--classes", all_classes())
+
+
+def all_classes() -> str:
+    Path("all.txt").write_text("\n".join(world.CLASSES))
+    return "all.txt"
 
 
 # ------------------------------------------------------------------------------ what the optimiser is given
@@ -700,8 +774,8 @@ import helpers
 import rectify, distill, evaluate
 from toyland import world
 helpers.quick_recipes(pytest.MonkeyPatch(), Path("weights"))
-world.TRAIN_SCENES, world.VAL_SCENES = 4, 2
-if {name!r} == "toyland":
+world.TRAIN_SCENES, world.VAL_SCENES, world.TEST_SCENES = 4, 2, 2
+if {name!r} != "voc":
     world.draw_dataset(Path("data"))
 opened, found, measure = [], [], evaluate.after_training
 
@@ -726,7 +800,9 @@ Path("opened.json").write_text(json.dumps(found))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, images, labels", [("voc", "JPEGImages", "SegmentationClass"),
-                                                  ("toyland", "toyland/images/train", "toyland/labels")])
+                                                  ("toyland", "toyland/images/train", "toyland/labels"),
+                                                  ("toyland-things", "toyland/images/train",
+                                                   "toyland/labels")])
 def test_no_label_is_opened_before_training_is_done(voc, place, tiny_clip, name, images, labels):
     """Seen from the interpreter itself, which reports every file that is opened and every folder that is
     listed: by rectify, by distill, and by a distill that makes its rectification itself."""

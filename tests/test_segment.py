@@ -237,6 +237,7 @@ def test_words_that_were_not_trained_are_asked_in_all_sentences(place, tiny_clip
     """A run in Toyland, with its four sentences, does not lend them to the words of a photograph."""
     monkeypatch.setattr(world, "TRAIN_SCENES", 2)
     monkeypatch.setattr(world, "VAL_SCENES", 2)
+    monkeypatch.setattr(world, "TEST_SCENES", 2)
     run(rectify, "--clip", tiny_clip)
     seen = []
     monkeypatch.setattr(rectify, "query_features", lambda _, asked: seen.append(asked) or torch.eye(2, 24))
@@ -247,6 +248,7 @@ def test_words_that_were_not_trained_are_asked_in_all_sentences(place, tiny_clip
 def test_without_a_photo_a_scene_of_toyland_is_shown(place, tiny_clip, monkeypatch, capsys):
     monkeypatch.setattr(world, "TRAIN_SCENES", 1)
     monkeypatch.setattr(world, "VAL_SCENES", 8)
+    monkeypatch.setattr(world, "TEST_SCENES", 8)
     run(segment, "--clip", tiny_clip)
     assert index_of(name="toyland").shape == world.SCENE
     assert "16 classes: sky, grass" in capsys.readouterr().out

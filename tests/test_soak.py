@@ -109,7 +109,8 @@ def long_runs(folder: Path) -> dict[str, list[int]]:
         flags = ["--data", folder / "taught" / "photos", *common, "--device", "cpu"]
         setup = data.open_setup(evaluate.flags().parse_args([str(flag) for flag in flags]))
         setup = replace(setup, data=str(folder / "measured" / "photos"))
-        labels = ground_truth.true_label_files(setup.data, setup.root, list(setup.validation_images),
+        labels = ground_truth.true_label_files(setup.data, setup.root, setup.split,
+                                               list(setup.evaluation_images),
                                                str(folder / "measured" / "labels"))
         found = evaluate.predictors(setup, rectify.query_of(setup), list(evaluate.STAGES))
         evaluate.measure(setup, found, labels)

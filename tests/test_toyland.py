@@ -5,6 +5,7 @@ pictures; and the training of its two small networks.
 """
 
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from PIL import Image
 
 import clip
 import data
-from datasets import images, labels
+import evaluate
+from datasets import DATASETS, IGNORE, images, labels
 from harness import files, runs
 from helpers import SMALLEST, openai_state
 from toyland import networks, pretrain, world
@@ -27,6 +29,7 @@ TINY_CLIP = networks.SMALL_CLIP | dict(embed_dim=16, vision_width=64, vision_lay
 def few_scenes(monkeypatch):
     monkeypatch.setattr(world, "TRAIN_SCENES", 3)
     monkeypatch.setattr(world, "VAL_SCENES", 4)
+    monkeypatch.setattr(world, "TEST_SCENES", 4)
 
 
 def files_in(root) -> list[str]:
@@ -46,8 +49,9 @@ def test_scene_is_always_the_same():
 
 
 def test_scenes_differ_between_numbers_and_splits():
-    images = [world.scene(split, number)[0] for split in ("train", "val") for number in range(4)]
-    assert len({image.tobytes() for image in images}) == 8
+    images = [world.scene(split, number)[0] for split in ("train", "val", "test")
+              for number in range(4)]
+    assert len({image.tobytes() for image in images}) == 12
 
 
 def test_every_class_occurs_in_few_scenes_and_every_pixel_has_one():
@@ -147,19 +151,19 @@ def test_pretraining_pictures_are_the_chunks_in_order():
 # ------------------------------------------------------------------------------------ the dataset on disk
 
 def test_drawn_dataset_holds_no_truth_of_training_scenes(tmp_path, few_scenes):
-    """Labels of validation scenes alone: what trains could not read a label if it wanted to."""
+    """Labels of val and test alone: what trains could not read a label if it wanted to."""
     root = world.draw_dataset(tmp_path)
     assert root == tmp_path / "toyland"
-    assert files_in(root) == [*(f"images/train/000{i}.png" for i in range(3)),
-                              *(f"images/val/000{i}.png" for i in range(4)),
-                              *(f"labels/val/000{i}.png" for i in range(4))]
+    assert files_in(root) == sorted([*(f"images/train/000{i}.png" for i in range(3)),
+                                     *(f"{kind}/{split}/000{i}.png" for kind in ("images", "labels")
+                                       for split in ("val", "test") for i in range(4))])
 
 
 def test_drawn_files_are_the_scenes(tmp_path, few_scenes):
     """Pixel by pixel, image and index label, found by datasets/ under their ids."""
     root = str(tmp_path)
-    pictures = images.validation_images("toyland", root)
-    truths = labels.true_label_files("toyland", root, list(pictures))
+    pictures = images.image_files("toyland", root, "val")
+    truths = labels.true_label_files("toyland", root, "val", list(pictures))
     assert list(pictures) == list(truths) == [f"000{i}" for i in range(4)]
     assert list(images.training_images("toyland", root)) == [f"000{i}" for i in range(3)]
     image, truth = world.scene("val", 2)
@@ -191,6 +195,58 @@ def test_scenes_of_another_world_are_drawn_anew(tmp_path, few_scenes, monkeypatc
     assert any(name.startswith("images/train") for name in changed)
     assert any(name.startswith("images/val") for name in changed)
     assert not any(name.startswith("labels") for name in changed)           # the same shapes, other textures
+
+
+def test_folder_of_two_splits_gains_the_third(tmp_path, few_scenes):
+    """Data that was drawn before there was a split "test": what is there stays as it is."""
+    root = world.draw_dataset(tmp_path)
+    content = {name: (root / name).read_bytes() for name in files_in(root)}
+    for kind in ("images", "labels"):
+        shutil.rmtree(root / kind / "test")
+    for name in files_in(root):
+        os.utime(root / name, ns=(1, 1))
+    world.draw_dataset(tmp_path)
+    assert {name: (root / name).read_bytes() for name in files_in(root)} == content
+    assert {name.split("/")[1] for name in content if (root / name).stat().st_mtime_ns != 1} == {"test"}
+
+
+def test_folder_of_two_splits_of_another_world_is_drawn_anew(tmp_path, few_scenes, monkeypatch):
+    """Its new third split alone would hide that the other two are old."""
+    content = {name: (tmp_path / "new/toyland" / name).read_bytes()
+               for name in files_in(world.draw_dataset(tmp_path / "new"))}
+    with monkeypatch.context() as patch:
+        patch.setitem(world.TEXTURES, "sky", lambda H, W, rng: 255 - world.sky(H, W, rng))
+        root = world.draw_dataset(tmp_path / "old")
+    for kind in ("images", "labels"):
+        shutil.rmtree(root / kind / "test")
+    world.draw_dataset(tmp_path / "old")
+    assert {name: (root / name).read_bytes() for name in files_in(root)} == content
+
+
+def test_both_class_lists_are_of_the_same_files(tmp_path, few_scenes):
+    """The ten things keep name and colour; in a label file stuffs are ignored, and things count from 0."""
+    root, things = str(tmp_path), DATASETS["toyland-things"]
+    assert things.names == [*world.THINGS] and things.palette == world.PALETTE[6:]
+    for split in ("train", "val", "test"):
+        both = [images.image_files(name, root, split) for name in ("toyland", "toyland-things")]
+        assert both[0] == both[1]
+    truths = [labels.true_label_files(name, root, "test", ["0002"]) for name in ("toyland", "toyland-things")]
+    assert truths[0] == truths[1] and "0002" in truths[0]
+    found = labels.LabelReader("toyland-things", 10)(truths[0]["0002"], (96, 128))
+    truth = world.scene("test", 2)[1].astype(int)
+    assert (truth < 6).any() and np.array_equal(found, np.where(truth < 6, IGNORE, truth - 6))
+    table = labels.lookup_table("toyland-things", 10)
+    assert table[:17].tolist() == [IGNORE] * 6 + [*range(10)] + [-1] and table[IGNORE] == IGNORE
+
+
+def test_what_is_said_of_stuff_changes_no_number_of_the_things(tmp_path, few_scenes):
+    truth = torch.from_numpy(labels.lookup_table("toyland-things", 10)[world.scene("test", 2)[1]])
+    said = torch.randint(10, truth.shape, generator=torch.Generator().manual_seed(0))
+    before = evaluate.confusion_matrix(truth, said, 10)
+    other = torch.where(truth == IGNORE, (said + 1) % 10, said)
+    assert not torch.equal(other, said) and torch.equal(evaluate.confusion_matrix(truth, other, 10), before)
+    other = torch.where(truth == IGNORE, said, (said + 1) % 10)
+    assert not torch.equal(evaluate.confusion_matrix(truth, other, 10), before)
 
 
 def test_interrupted_drawing_leaves_no_half_picture(tmp_path, few_scenes, monkeypatch):

@@ -100,6 +100,13 @@ def test_voc_has_its_20_classes_in_order_and_its_official_colours():
     assert list(found.palette) == [voc_colour(value) for value in range(1, 21)]
 
 
+def test_toyland_s_things_are_said_in_toyland_s_sentences():
+    """Its small CLIP has read no others."""
+    found, all_classes = words.vocabulary("toyland-things"), words.vocabulary("toyland")
+    assert found.templates == all_classes.templates and found.names == all_classes.names[6:]
+    assert found.palette == all_classes.palette[6:]
+
+
 def test_toyland_has_16_classes_and_colours():
     found = words.vocabulary("toyland")
     assert len(found) == len(set(found.names)) == len(set(found.palette)) == 16

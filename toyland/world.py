@@ -8,8 +8,8 @@ captioned pictures   64×64: one or two things near the centre, or stuff alone. 
                      and rarely what lies behind them. Pictures on the web are like this. The small CLIP
                      learns from these alone, and its class bias comes from them: the grass behind a tree is
                      part of what is called "tree".
-scenes               96×128: several stuffs, things anywhere. These are segmented. Validation scenes have a
-                     dense truth; the truth of training scenes is never written to disk.
+scenes               96×128: several stuffs, things anywhere. These are segmented. Those of val and test have
+                     a dense truth; the truth of training scenes is never written to disk.
 
     H,W pixels
 """
@@ -60,7 +60,8 @@ TEMPLATES = ["the {}.", "a photo of the {}.", "a picture of the {}.", "a drawing
 
 PICTURE = 64                                # captioned pictures are square
 SCENE = (96, 128)                           # height, width
-TRAIN_SCENES, VAL_SCENES = 1000, 500
+TRAIN_SCENES, VAL_SCENES, TEST_SCENES = 1000, 500, 500      # numbers are chosen by val, never by test
+SCENE_SEEDS = {"train": 1, "val": 2, "test": 6}     # 3 to 5 begin the seeds of captioned pictures and draws
 # These two numbers make the small CLIP's class bias. Captions rarely name what lies behind a thing, so plain
 # grass comes to say "tree". But some pictures show stuff alone, so CLIP does know grass when it sees it.
 MENTION = 0.15                              # share of captions with things that also name what lies behind
@@ -353,7 +354,7 @@ def captioned_picture(rng: np.random.Generator) -> tuple[np.ndarray, str]:
 
 def scene(split: str, number: int) -> tuple[np.ndarray, np.ndarray]:
     """Scene `number` of a split, always the same: `(image (96, 128, 3) uint8, truth (96, 128) uint8)`."""
-    rng = np.random.default_rng([{"train": 1, "val": 2}[split], number])
+    rng = np.random.default_rng([SCENE_SEEDS[split], number])
     H, W = SCENE
     canvas = Canvas(H, W)
     # Bands from top to bottom: mostly a sky (or a wall) over one or two grounds.
@@ -382,25 +383,26 @@ def scene(split: str, number: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw_dataset(root: Path) -> Path:
-    """Draw Toyland's dataset once, into `root`/toyland: images/{train,val}/*.png and labels/val/*.png.
+    """Draw Toyland's dataset once, into `root`/toyland: images/{train,val,test}/*.png and
+    labels/{val,test}/*.png.
 
     What is there already is kept, unless this file now draws another world. The training scenes' truth is not
     written, so nothing that trains can read it. Files get a temporary name first, and are renamed when
     whole: a killed run leaves no half picture behind.
     """
     root = Path(root) / "toyland"
-    counts = {"train": TRAIN_SCENES, "val": VAL_SCENES}
+    counts = {"train": TRAIN_SCENES, "test": TEST_SCENES, "val": VAL_SCENES}    # val last: see another_world
     wanted = [(split, f"{number:04d}.png", number) for split in counts for number in range(counts[split])]
     changed = another_world(root)
     missing = [(split, name, number) for split, name, number in wanted
                if changed or not (root / "images" / split / name).exists()
-               or split == "val" and not (root / "labels" / split / name).exists()]
+               or split != "train" and not (root / "labels" / split / name).exists()]
     if missing:
-        for folder in ("images/train", "images/val", "labels/val"):
+        for folder in ("images/train", "images/val", "images/test", "labels/val", "labels/test"):
             (root / folder).mkdir(parents=True, exist_ok=True)
         for split, name, number in tqdm(missing, desc=f"drawing {root}", unit="scene"):
             image, truth = scene(split, number)
-            if split == "val":                              # before its image, which `another_world` looks at
+            if split != "train":                            # before its image, which `another_world` looks at
                 label = Image.fromarray(truth)
                 label.putpalette([value for colour in PALETTE for value in colour])
                 write_png(label, root / "labels" / split / name)
@@ -441,8 +443,8 @@ def main(args: argparse.Namespace) -> None:
         rows += [[image for image, _ in half], [colours[truth] for _, truth in half]]
     page = Image.fromarray(np.concatenate([np.concatenate(row, axis=1) for row in rows]))
     files.write_atomically(root / "overview.png", lambda file: page.save(file, format="PNG"))
-    print(f"Wrote {root}/: images/train, images/val, labels/val, and overview.png (captioned pictures, then "
-          "scenes and their truth).\nNext: python rectify.py")
+    print(f"Wrote {root}/: images of train, val and test, labels of val and test, and overview.png "
+          "(captioned pictures, then scenes and their truth).\nNext: python rectify.py")
 
 
 if __name__ == "__main__":
