@@ -164,12 +164,26 @@ def small_numbers_of_cosines():
 
 @of("clip/model.py:CLIP.encode_prompt")
 def words_for_vectors_are_a_sentence():
+    """One class, then several: what is wrong alone is in the sentence, what is wrong together in the mask."""
     clip, model = module("clip"), tiny_clip()
-    names = ["cat", "potted plant", "sky"]
     prompt = model.token_embedding.weight[torch.tensor(clip.encode("a photo of a"))]
-    expected = model.encode_text(clip.tokenize([f"a photo of a {name}" for name in names]))
-    same(model.encode_prompt(prompt, names), expected,
-         "with the embeddings of `a photo of a` for vectors, as encode_text gives it for the sentence")
+    alone = ("one class alone, with the embeddings of `a photo of a` for vectors, is encode_text's sentence: "
+             "look at the start token, at the positions of prefix and name, at ln_final")
+    together = ("one class alone is right, three together are not: look at the mask, and whether every "
+                "class's positions go on from the prefix")
+    for names, what in ((["potted plant"], alone), (["cat", "potted plant", "sky"], together)):
+        same(model.encode_prompt(prompt, names),
+             model.encode_text(clip.tokenize([f"a photo of a {name}" for name in names])), what)
+
+
+@of("clip/model.py:CLIP.encode_prompt")
+def every_vector_can_learn():
+    model, prompt = tiny_clip(), numbers(5, 64, seed=4).requires_grad_()
+    found = model.encode_prompt(prompt, ["cat", "sky"])
+    expect(found.requires_grad, "the result has no gradient: the vectors could not learn")
+    (found ** 2).sum().backward()
+    expect(prompt.grad is not None and (prompt.grad.abs().amax(dim=1) > 0).all(),
+           "a vector has no gradient: all of them should learn")
 
 
 @of("clip/model.py:CLIP.encode_prompt")
@@ -196,9 +210,17 @@ def the_prefix_is_shared():
 def a_name_too_long_is_refused():
     try:
         tiny_clip().encode_prompt(numbers(74, 64), ["potted plant"])
+        found = "none"
     except ValueError:
-        return
-    raise Wrong("74 vectors and `potted plant` need 78 of 77 positions: expected ValueError, found none")
+        found = ""
+    except Exception as error:
+        found = f"{type(error).__name__}, which does not tell a user what to mend"
+    expect(not found, "74 vectors and `potted plant` need 78 of 77 positions: expected ValueError, found "
+                      f"{found}")
+    try:
+        tiny_clip().encode_prompt(numbers(73, 64), ["potted plant"])
+    except ValueError:
+        raise Wrong("73 vectors and `potted plant` fill the 77 positions: expected no error") from None
 
 
 @of("rectify.py:reference_features")
@@ -207,13 +229,18 @@ def the_whole_matrix_has_length_one():
     text = FixedText(features)
     found = module("rectify.py").reference_features(text, prompt, ["cat", "dog", "sky"])
     expect(found.shape == (3, 8), f"expected (C, D) = (3, 8), found {tuple(found.shape)}")
-    same((found ** 2).sum(), 1.0, "the squares of all numbers of W_r sum to one")
-    same(found.norm(dim=1) / found.norm(), features.norm(dim=1) / features.norm(),
-         "rows keep their relative length: the whole matrix is normalised and not each row")
     same(F.normalize(found, dim=1), F.normalize(features, dim=1),
-         "every row points where CLIP's text feature points")
+         "every row points where CLIP's text feature points; divide by one number and not by one per column")
+    expect((found.norm(dim=1) / found.norm() - features.norm(dim=1) / features.norm()).abs().max() < 1e-4,
+           "rows keep their relative length: the whole matrix is normalised and not each row")
+    same((found ** 2).sum(), 1.0, "the squares of all numbers of W_r sum to one")
     expect(text.asked and text.asked[0][1] == ["cat", "dog", "sky"] and text.asked[0][0] is prompt,
            "expected encode_prompt to be asked for the prompt and the names as they came")
+    text.features.requires_grad_()
+    (module("rectify.py").reference_features(text, prompt, ["cat", "dog", "sky"]) ** 2).sum().backward()
+    expect(text.features.grad.abs().max() < 1e-5,
+           "the length of W_r is one whatever it is made of, so its gradient is zero; found another: is the "
+           "norm detached?")
 
 
 def a_projection(E: int, D: int) -> nn.Conv2d:
@@ -230,7 +257,8 @@ def bias_of_one_place():
     found = module("rectify.py").bias_logits(torch.tensor([1.0, 3.0]).view(2, 1, 1), projection,
                                              torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, -1.0]]))
     same(found, torch.tensor([1.5, 6.0, -4.5]).view(3, 1, 1),
-         "position (1, 3), W_p = (1 + 0.5, 2 · 3) and Reference rows (1, 0), (0, 1), (1, −1)")
+         "position (1, 3), W_p = (1 + 0.5, 2 · 3), where 0.5 is the convolution's own bias, and Reference "
+         "rows (1, 0), (0, 1), (1, −1)")
 
 
 @of("rectify.py:bias_logits")
@@ -302,6 +330,16 @@ def one_class_a_patch():
 
 
 @of("rectify.py:rectified_masks")
+def all_chance_comes_from_outside():
+    decoded, uniform = numbers(2, 4, 9, 9), torch.rand(2, 4, 9, 9, generator=torch.Generator().manual_seed(1))
+    before = uniform.clone()
+    masks = [module("rectify.py").rectified_masks(decoded, 1.0, uniform).detach() for _ in range(2)]
+    expect(torch.equal(uniform, before), "`uniform` was changed in place: the caller still needs it")
+    expect(torch.equal(*masks), "two calls with the same `uniform` give two masks: it is the only "
+                                "randomness, so leave torch's own generator alone")
+
+
+@of("rectify.py:rectified_masks")
 def the_chance_of_a_class():
     chance = torch.tensor([0.6, 0.3, 0.1])
     uniform = torch.rand(1, 3, 100, 200, generator=torch.Generator().manual_seed(0))
@@ -318,6 +356,15 @@ def the_chance_of_a_class():
 
 
 @of("rectify.py:rectified_masks")
+def next_to_the_ends_of_chance():
+    pairs = torch.tensor([[1e-5, 1e-3], [1 - 1e-3, 1 - 1e-5]]).T.reshape(1, 2, 1, 2)        # class 1 has more
+    masks = module("rectify.py").rectified_masks(torch.zeros(1, 2, 1, 2), 1.0, pairs)
+    expect(masks[0, 1].detach().round().tolist() == [[1.0, 1.0]],
+           "with equal M_o the class with the larger `uniform` is drawn, next to 0 and next to 1 too: clamp "
+           "less")
+
+
+@of("rectify.py:rectified_masks")
 def a_soft_gradient():
     decoded, weight = numbers(1, 3, 2, 2).requires_grad_(), numbers(1, 3, 2, 2, seed=1)
     masks = module("rectify.py").rectified_masks(decoded, 1.5, torch.full((1, 3, 2, 2), 0.4))
@@ -328,6 +375,12 @@ def a_soft_gradient():
     gradient = 1.5 * soft * (weight - (soft * weight).sum(dim=1, keepdim=True))
     same(decoded.grad, gradient,
          "the gradient is that of the softmax over the classes of scale · M_o + noise")
+    decoded.grad, uniform = None, torch.full((1, 3, 2, 2), 0.4)
+    uniform[:, 1] = 1 - 1e-6                                        # noise that decides for class 1
+    (module("rectify.py").rectified_masks(decoded, 0.5, uniform) * weight).sum().backward()
+    expect(decoded.grad.abs().max() < 1e-3,
+           "where the noise has decided, next to no gradient is left: the softmax is of scale · M_o + noise, "
+           "not of scale · M_o alone")
 
 
 @of("rectify.py:rectified_masks")
@@ -411,6 +464,24 @@ LOSS = "rectify.py:contrastive_loss"
 
 def loss_of(*given):
     return module("rectify.py").contrastive_loss(*given)
+
+
+@of(LOSS)
+def two_patches_of_four():
+    features = torch.tensor([[1.0, 0.0]] * 4).T.reshape(1, 2, 2, 2)                     # all patches are e_0
+    masks = torch.zeros(1, 2, 2, 2)
+    masks[0, 0, 0] = 1.0
+    found = float(loss_of(features, masks, torch.eye(2), torch.tensor([[True, False]]), 4.0))
+    others = {math.log(1 + math.exp(-4.0)): "divided by the mask's own area, or made unit length, found",
+              math.log(1 + math.exp(-8.0)): "not divided at all, found",
+              math.log(1 + math.exp(-0.5)): "without the scale, found",
+              math.log(1 + math.exp(-0.125)): "divided by the scale, found",
+              (math.log(1 + math.exp(-2.0)) + math.log(2)) / 2: "the mean over all classes, not H, found",
+              math.log(1 + math.exp(-2.0)) / 2: "divided by C and not by |H|, found"}
+    guess = next((text for other, text in others.items() if abs(found - other) < 1e-5), "found")
+    expect(abs(found - math.log(1 + math.exp(-2.0))) < 1e-5,
+           "four patches, all e_0; the mask of class 0, alone in H, covers two: Z_g = (½, 0), with scale 4 "
+           f"the loss is ln(1 + e^−2) = 0.1269; {guess} {found:.4g}")
 
 
 @of(LOSS)

@@ -47,6 +47,11 @@ LEFT_OUT = ("tests/", "benchmarks/", ".ci/")
 # Of this folder only what a student needs; added even before git tracks it.
 KEPT = ("__init__.py", "check.py", "checks.py", "ladder.py", "probes.py", "report.py", "sources.py",
         "README.md", "lecture.md")
+GIVES_AWAY = "this would give the solution of an exercise away. The full project has it"
+WELCOME = """> This is a hand-out: some functions are empty. [exercises/README.md](exercises/README.md) says
+> how to write them. Until then the scripts below end with the name of the exercise that is missing.
+
+"""
 # A link into a folder that is left out: its words stay.
 DEAD_LINK = re.compile(rf"\[([^]]*)\]\((?:\.\./)*(?:{'|'.join(map(re.escape, LEFT_OUT))})[^)]*\)")
 LECTURERS = "<!-- for lecturers: not in a hand-out -->"        # README.md ends here in a hand-out
@@ -79,6 +84,9 @@ def blanked(texts: dict[str, str], exercises: list[ladder.Exercise]) -> dict[str
             node = sources.found_or_raise(texts[file], name)
             messages.setdefault(file, {})[name] = ladder.message(one, function, ast.get_docstring(node))
             tales[one.number, function] = telltales(sources.body_of(texts[file], name))
+        for file, name in map(sources.split, ladder.ALIKE.get(one.number, ())):
+            if file in texts:
+                messages.setdefault(file, {})[name] = GIVES_AWAY
     texts = texts | {file: sources.blank(texts[file], of_file) for file, of_file in messages.items()}
     return {file: without_restatements(file, text, tales) for file, text in texts.items()}
 
@@ -96,8 +104,7 @@ def without_restatements(file: str, text: str, tales: dict) -> str:
         if not sources.given_away(text, of_function):
             continue
         if file.endswith(".py"):
-            again = {name: f"exercise {number}: this would give its solution away. The full project has it"
-                     for name in functions_of(text)
+            again = {name: GIVES_AWAY for name in functions_of(text)
                      if sources.given_away(sources.body_of(text, name), of_function)}
             text = sources.blank(text, again)
         if left := sources.given_away(text, of_function):
@@ -156,6 +163,7 @@ def main(args: argparse.Namespace) -> None:
     texts["exercises/README.md"] = ladder.with_page(readme, exercises).rstrip() + "\n"
     texts = {name: DEAD_LINK.sub(r"\1", text) if name.endswith(".md") else text
              for name, text in blanked(texts, exercises).items()}
+    texts["README.md"] = WELCOME + texts["README.md"]
     texts[ladder.HANDOUT] = json.dumps({"exercises": [one.number for one in exercises]} | already(),
                                        indent=2) + "\n"
     for name, text in texts.items():

@@ -72,7 +72,7 @@ def cases(seed: int = 0) -> list[Case]:
          names=["cat", "dog", "sky", "sand", "road", "wall", "grass", "water"])
     case(function, "the same name twice", seed=s, prompt=numbers(4, 64, seed=s), names=["cat", "cat"])
     function = "rectify.py:reference_features"
-    case(function, "rows of several lengths", ["prompt"],
+    case(function, "rows of several lengths", ["prompt", "features"],
          features=numbers(4, 6, seed=s) * torch.tensor([[1.0], [3.0], [0.1], [9.0]]),
          prompt=numbers(3, 5, seed=s),
          names=["cat", "dog", "sky", "sand"])

@@ -68,8 +68,11 @@ LADDER = (
         "the whole sentence. A class's row does not depend on the other classes. The blocks see the prefix "
         "once and not once a class. A name that does not fit raises ValueError. The whole matrix W_r has "
         "length one.",
-        "`in_one_sequence` has done the bookkeeping. Embed its tokens, add the positions it names, run the "
-        "blocks with its mask `seen`, read at `end`. Begin with one class and an ordinary causal mask."),
+        "`in_one_sequence` has done the bookkeeping: call it with P = 1 + L shared tokens, which are the "
+        "start token and the vectors, at positions 0 to P − 1. Its tokens come behind them, at the positions "
+        "it names. Run the blocks one by one, for they take its mask `seen` and the tower does not; read at "
+        "`end`, as encode_text does. `longest` is for the ValueError. With one class a causal mask does too, "
+        "with several it does not."),
     Exercise(
         4, "Rectified logits, Eq. 3 and 4",
         ("rectify.py:subtract_bias", "rectify.py:Decoder.forward"), 5, 20,
@@ -159,6 +162,9 @@ LADDER = (
 # Pieces of solutions that stand elsewhere too and say nothing by themselves.
 HARMLESS = ("torch.cat([features, logits], dim=1)", "clip_model.visual.patch_positions(*features.shape[-2:])")
 
+# Functions outside of the exercises that say a solution in other words: exercise → what is blank with it.
+ALIKE = {3: ("paper/released.py:their_reference",), 6: ("paper/systems.py:above_or_best",)}
+
 HANDOUT = "exercises/handout.json"
 
 
@@ -175,7 +181,8 @@ def chosen(numbers=None) -> list[Exercise]:
     there = said_by_handout()["exercises"]
     wanted = there if numbers is None else numbers
     if unknown := [number for number in wanted if number not in there]:
-        raise ValueError(f"exercise {unknown[0]}: expected one of {', '.join(map(str, there))}; found none.")
+        raise ValueError(f"exercise {unknown[0]}: expected one of {', '.join(map(str, there))}; there is no "
+                         "other here.")
     return [one for one in LADDER if one.number in wanted]
 
 

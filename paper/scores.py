@@ -161,9 +161,8 @@ def confusion_by_distance(true_label: Tensor, place: Tensor, predicted: Tensor, 
     true_label, place (of `bins_of_pixels`) and predicted: (H, W). Every counted pixel is in one bin, so the
     sum over the bins is `evaluate.confusion_matrix`, and the matrices of many images add up.
     """
-    counted = place >= 0
-    cell = (place[counted] * classes + true_label[counted].long()) * classes + predicted[counted].long()
-    return torch.bincount(cell, minlength=bins * classes * classes).view(bins, classes, classes)
+    of_bin = (true_label.masked_fill(place != k, IGNORE) for k in range(bins))
+    return torch.stack([evaluate.confusion_matrix(label, predicted, classes) for label in of_bin])
 
 
 def distance_curve(confusion: Tensor) -> Tensor:
@@ -415,7 +414,7 @@ def linear_probes(setup: data.Setup, query: Tensor, stages: list[str], labels: d
 
 def probe_on(embed: Callable[[Tensor], Tensor], weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
     """A stage with the probe in the place of its own head: what `embed` takes → logits (B, C, h, w)."""
-    return lambda seen: torch.einsum("bdhw,cd->bchw", embed(seen).float(), weight) + bias[:, None, None]
+    return lambda seen: rectify.query_logits(embed(seen).float(), weight) + bias[:, None, None]
 
 
 # ---------------------------------------------------------------------------- the hypotheses

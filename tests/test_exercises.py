@@ -130,6 +130,21 @@ def test_a_solution_in_prose_or_in_another_function_is_noticed():
         handout.blanked({**texts, "notes.md": texts["extra.py"]}, [one])
 
 
+def test_functions_that_say_a_solution_in_other_words_are_blank_with_it(student, tmp_path):
+    handout.main(handout.flags().parse_args([str(tmp_path / "some"), "--only", "5"]))
+    for number, functions in ladder.ALIKE.items():
+        for file, name in map(sources.split, functions):
+            assert handout.GIVES_AWAY in sources.body_of((student / file).read_text(), name), (number, name)
+            assert (tmp_path / "some" / file).read_text() == text_of(file)
+
+
+def test_an_unwritten_function_ends_a_script_with_one_paragraph(student, tmp_path):
+    done = subprocess.run([sys.executable, "evaluate.py", "--out", "none", "--root", str(tmp_path)], cwd=student,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "error: exercise " in done.stderr and ": write " in done.stderr
+
+
 def test_no_link_of_a_hand_out_leads_nowhere(student):
     """Folders that are left out are named there, not linked."""
     pages = [path for path in student.rglob("*.md") if ".git" not in path.parts]
@@ -315,7 +330,11 @@ WRONG = {
         ("query_logits", '"bdhw,cd->bchw"', '"bdhw,cd->bcwh"', "(1, 4, 2, 3)")],
     3: [("encode_prompt", "self.positional_embedding[place]", "self.positional_embedding[:len(place)]",
          "sentence"),
-        ("reference_features", "reference.norm()", "reference.norm(dim=-1, keepdim=True)", "sum to one"),
+        ("reference_features", "reference.norm()", "reference.norm(dim=-1, keepdim=True)",
+         "not each row"),
+        ("reference_features", "reference.norm()", "reference.norm().detach()", "detached"),
+        ("encode_prompt", "prompt])", "prompt.detach()])", "gradient"),
+        ("encode_prompt", "if P + longest >", "if P + longest >=", "fill the 77"),
         ("bias_logits", '"dhw,cd->chw"', '"dhw,cd->cwh"', "(3, 2, 3)")],
     4: [("subtract_bias", "query - bias", "query + bias", "bias"),
         ("forward", "[features, logits]", "[logits, features]", "channel"),
@@ -323,14 +342,20 @@ WRONG = {
          "self.conv(torch.cat([features, logits], dim=1))", "mean 0")],
     5: [("rectified_masks", "gumbel = -exponential.log()", "gumbel = exponential.log()", "sign"),
         ("rectified_masks", "softmax(dim=1)", "softmax(dim=-1)", "softmax"),
-        ("rectified_masks", "return hard + (soft - soft.detach())", "return hard", "no gradient")],
+        ("rectified_masks", "return hard + (soft - soft.detach())", "return hard", "no gradient"),
+        ("rectified_masks", "uniform.clamp(min=1e-10)", "torch.rand_like(uniform)", "only randomness"),
+        ("rectified_masks", "uniform.clamp(min=1e-10)", "uniform.clamp(0.01, 0.99)", "clamp less"),
+        ("rectified_masks", "uniform.clamp(min=1e-10)", "uniform.clamp_(max=0.99)", "in place"),
+        ("rectified_masks", "soft - soft.detach()",
+         "(scale * decoded).softmax(dim=1) - (scale * decoded).softmax(dim=1).detach()", "has decided")],
     6: [("windows", "for top in tops for left in lefts", "for left in lefts for top in tops", "row by row"),
         ("window_votes", "mean(dim=-2)", "mean(dim=-1)", "shape"),
         ("multi_label_hypothesis", "(votes > threshold) | best", "(votes >= threshold) | best", "equal")],
     7: [("contrastive_loss", "return -(", "return (", "ln"),
         ("contrastive_loss", "log_softmax(dim=-1)", "log_softmax(dim=-2)", "softmax is over"),
         ("contrastive_loss", " / masks[0, 0].numel()", " / masks.sum(dim=(2, 3)).clamp(min=1)[..., None]",
-         "half a")],
+         "mask's own area"),
+        ("contrastive_loss", "hypothesis.sum(dim=-1)", "hypothesis.shape[-1]", "divided by C")],
     8: [("train_step", "rectifier.decoder(features, logits)", "logits", "Eq. 4"),
         ("train_step", "recipe.mask_scale", "recipe.loss_scale", "mask_scale"),
         ("train_step", "processes.uniform((len(features), len(query), *features.shape[-2:]), noise)",
