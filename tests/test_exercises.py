@@ -139,8 +139,8 @@ def test_functions_that_say_a_solution_in_other_words_are_blank_with_it(student,
 
 
 def test_an_unwritten_function_ends_a_script_with_one_paragraph(student, tmp_path):
-    done = subprocess.run([sys.executable, "evaluate.py", "--out", "none", "--root", str(tmp_path)], cwd=student,
-                          capture_output=True, text=True)
+    command = [sys.executable, "evaluate.py", "--out", "none", "--root", str(tmp_path)]
+    done = subprocess.run(command, cwd=student, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "error: exercise " in done.stderr and ": write " in done.stderr
 
