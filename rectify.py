@@ -99,7 +99,9 @@ RECIPES = {
                       batch_size=8, learning_rate=0.1, horizon=8, epochs=8),
 }
 RECIPES["context-voc-first"] = RECIPES["context"]     # the same images: only the labels' numbering is another
-RECIPES["toyland-things"] = RECIPES["toyland"]
+# [ours] A class's logit in Eq. 7 grows with its area, and things are small: with 12 their softmax is next to
+# flat, and the boat dies (56.6 mIoU on val; with 60 it has an IoU of 36, all together 61.8; seed 0).
+RECIPES["toyland-things"] = replace(RECIPES["toyland"], loss_scale=60.0)
 
 # ------------------------------------------------------------------------------------------ what CLIP says
 
