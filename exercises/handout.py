@@ -85,8 +85,7 @@ def blanked(texts: dict[str, str], exercises: list[ladder.Exercise]) -> dict[str
             messages.setdefault(file, {})[name] = ladder.message(one, function, ast.get_docstring(node))
             tales[one.number, function] = telltales(sources.body_of(texts[file], name))
         for file, name in map(sources.split, ladder.ALIKE.get(one.number, ())):
-            if file in texts:
-                messages.setdefault(file, {})[name] = GIVES_AWAY
+            messages.setdefault(file, {})[name] = GIVES_AWAY
     texts = texts | {file: sources.blank(texts[file], of_file) for file, of_file in messages.items()}
     return {file: without_restatements(file, text, tales) for file, text in texts.items()}
 

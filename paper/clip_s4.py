@@ -377,12 +377,12 @@ def report(setup: data.Setup, evaluate) -> None:
     if labels:
         measured = {name: evaluate.measure(setup, {"distill": one}, labels)["distill"]      # as any student
                     for name, one in found.items()}
-        print(f"\n{setup.data}: {len(labels)} {setup.split} images\n"
+        made_by = evaluate.fingerprint(setup, STAGE, found["CLIP-S4 by prototype"], len(labels))
+        print(f"\n{setup.data}: {evaluate.images_measured(made_by)}\n"
               f"{'':22}   mIoU  pixel accuracy   (percent)")
         for name, numbers in measured.items():
             print(f"{name:22}{numbers['miou']:7.1f}{numbers['pixel_accuracy']:16.1f}")
         _, text, prototypes = measured.values()
-        made_by = evaluate.fingerprint(setup, STAGE, found["CLIP-S4 by prototype"], len(labels))
         files.write_json(folder / "metrics.json",
                          prototypes | {"miou_text": text["miou"], "fingerprint": made_by})
     evaluate.picture_sheet(setup, found, labels, folder / "preview.png")

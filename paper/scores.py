@@ -161,8 +161,8 @@ def confusion_by_distance(true_label: Tensor, place: Tensor, predicted: Tensor, 
     true_label, place (of `bins_of_pixels`) and predicted: (H, W). Every counted pixel is in one bin, so the
     sum over the bins is `evaluate.confusion_matrix`, and the matrices of many images add up.
     """
-    of_bin = (true_label.masked_fill(place != k, IGNORE) for k in range(bins))
-    return torch.stack([evaluate.confusion_matrix(label, predicted, classes) for label in of_bin])
+    return torch.stack([evaluate.confusion_matrix(true_label[place == k], predicted[place == k], classes)
+                        for k in range(bins)])
 
 
 def distance_curve(confusion: Tensor) -> Tensor:
