@@ -22,6 +22,14 @@ from torch import Tensor, nn
 TINY = dict(width=128, layers=3, patch=8, resolution=32, embed_dim=48, text_width=192, text_layers=2)
 
 
+def python_files(root: Path, leave_out=()) -> list[Path]:
+    """All sources of the house; what an editor, an environment or a run has put beside them is none of it."""
+    top = [path for path in root.iterdir()
+           if path.suffix == ".py" or path.is_dir() and any(path.glob("*.py"))]
+    return sorted(file for path in top if path.name not in ("tests", *leave_out)
+                  for file in (path.rglob("*.py") if path.is_dir() else [path]))
+
+
 def relative(found: Tensor, expected: Tensor) -> float:
     """‖found − expected‖ / ‖expected‖ over all entries. The shapes must agree: no silent broadcasting."""
     assert found.shape == expected.shape, \

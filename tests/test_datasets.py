@@ -29,9 +29,8 @@ from datasets import DATASETS, check, described, is_folder, split_to_measure, wo
 from datasets import images as image_files
 from datasets import labels as ground_truth
 from harness import runs
-from helpers import (SMALLEST, TREES, photo, quick_recipes, refusal, run, write_label, write_openai_archive,
-                     write_photos,
-                     write_public_tree, write_voc_tree)
+from helpers import (SMALLEST, TREES, photo, python_files, quick_recipes, refusal, run, write_label,
+                     write_openai_archive, write_photos, write_public_tree, write_voc_tree)
 
 LAYOUTS = list(TREES)
 CLASSES = {"voc": 20, "context": 59, "context-voc-first": 59, "ade": 150, "cityscapes": 19, "coco": 27}
@@ -659,9 +658,8 @@ def test_check_as_a_command_exits_with_0_or_2(tmp_path):
 def test_no_script_of_the_method_imports_the_check():
     """It opens labels: what it finds must have no way into a training."""
     imports = re.compile(r"import check\b|datasets\.check|datasets import .*\bcheck\b")
-    for path in ROOT.rglob("*.py"):
-        if "tests" not in path.relative_to(ROOT).parts:
-            assert not imports.search(path.read_text(encoding="utf-8")), path
+    for path in python_files(ROOT):
+        assert not imports.search(path.read_text(encoding="utf-8")), path
 
 
 # ------------------------------------------------------------------------------------------ whole runs

@@ -27,7 +27,7 @@ import rectify
 import segment
 from conftest import ROOT
 from harness import errors, runs
-from helpers import refusal, run, toy_setup, write_label, write_photos
+from helpers import python_files, refusal, run, toy_setup, write_label, write_photos
 from paper.systems import SYSTEMS
 
 # Every room and its floor. A file may import from its own room and from rooms on lower floors; two rooms of
@@ -48,14 +48,6 @@ class Arrow:
     source: str
     target: str
     line: int
-
-
-def python_files(root: Path, leave_out=()) -> list[Path]:
-    """All sources of the house; what an editor, an environment or a run has put beside them is none of it."""
-    top = [path for path in root.iterdir()
-           if path.suffix == ".py" or path.is_dir() and any(path.glob("*.py"))]
-    return sorted(file for path in top if path.name not in ("tests", *leave_out)
-                  for file in (path.rglob("*.py") if path.is_dir() else [path]))
 
 
 def modules_named(node: ast.AST, package: tuple[str, ...]) -> list[str]:

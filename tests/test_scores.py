@@ -28,7 +28,8 @@ import rectify
 from conftest import ROOT
 from datasets import DATASETS, IGNORE, images as image_files, labels as ground_truth
 from harness import files
-from helpers import VOC_BASE, refusal, run, write_label, write_photos, write_public_tree, write_voc_tree
+from helpers import (VOC_BASE, python_files, refusal, run, write_label, write_photos, write_public_tree,
+                     write_voc_tree)
 from paper import run as paper_run, scores, systems
 from toyland import world as toyland
 
@@ -676,8 +677,7 @@ def test_probe_learns_from_patches_with_a_class_alone(voc):
 
 def test_no_script_that_trains_knows_of_the_probe():
     """The only code that learns from labels is imported by nothing outside paper/."""
-    outside = [path for path in ROOT.rglob("*.py")
-               if path.relative_to(ROOT).parts[0] not in ("paper", "tests")]
+    outside = python_files(ROOT, leave_out=("paper",))
     assert len(outside) > 20
     for path in outside:
         text = path.read_text(encoding="utf-8")

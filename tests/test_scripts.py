@@ -31,8 +31,8 @@ from conftest import ROOT
 from datasets import DATASETS
 from datasets import images as image_files
 from harness import errors, machine, runs
-from helpers import (SMALLEST, VOC_BASE, openai_state, photo, refusal, run, write_label, write_openai_archive,
-                     write_photos, write_voc_tree)
+from helpers import (SMALLEST, VOC_BASE, openai_state, photo, python_files, refusal, run, write_label,
+                     write_openai_archive, write_photos, write_voc_tree)
 from paper import clip_s4, maft, run as paper_run
 from toyland import world
 
@@ -114,10 +114,10 @@ def test_help_answers_at_once_without_torch_and_without_a_network(tmp_path, scri
 
 def test_every_script_is_among_those_whose_help_is_tested():
     """Whatever has lines to run as a command; benchmarks and exercises have tests of their own."""
-    found = {path.relative_to(ROOT).with_suffix("").as_posix() for path in ROOT.rglob("*.py")
+    found = {path.relative_to(ROOT).with_suffix("").as_posix()
+             for path in python_files(ROOT, leave_out=("benchmarks", "exercises"))
              if '__name__ == "__main__"' in path.read_text(encoding="utf-8")}
-    elsewhere = ("tests/", "benchmarks/", "exercises/", ".")
-    assert {name for name in found if not name.startswith(elsewhere)} == set(SCRIPTS)
+    assert found == set(SCRIPTS)
 
 
 def test_same_flag_means_the_same_in_every_script():
